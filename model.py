@@ -1,0 +1,348 @@
+"""The model: a LLaMA that reads words and picture features in one sequence (Liu et al. 2023).
+
+`Llama` is the language model, layer for layer as its checkpoint: RMSNorm, rotary positions, grouped-query attention,
+SwiGLU. `Llava` joins it to a frozen CLIP tower through a projector: a picture's features take the places that the text
+keeps for it, and from there on they are tokens like any other.
+
+Batches are packed: sequences lie end to end without padding, and attention never crosses from one to the next.
+
+Legend: B sequences, T rows (tokens) of all of them together, P pictures, N tokens of a picture, D width, H heads,
+K head dim, V vocabulary.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.attention import Packing, attend_to_cache, attention
+from projector import build_projector
+from vision import ClipVision, ClipVisionConfig, selected_depth
+
+IGNORE_INDEX = -100  # a label that is not learned
+IMAGE_TOKEN_INDEX = -200  # an input id that is not a word but one place of a picture
+
+
+# ------------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass
+class LlamaConfig:
+    """The numbers of a LLaMA-family language model, named as in its config.json; defaults are HF's."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = None  # None: as many as heads
+    head_dim: int = None  # None: hidden_size / heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict = None  # {"rope_type": "linear" | "llama3", "factor": …}
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 1
+    eos_token_id: int = 2  # or a list of ids, any of which ends an answer
+    pad_token_id: int = None
+    model_type: str = "llama"
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, values):
+        """Read config.json of LLaMA 1-3, Vicuna, Mistral, TinyLlama, SmolLM2 …, as transformers 4 or 5 writes it."""
+        known = {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None}
+        rope = values.get("rope_parameters") or {}  # transformers 5: theta and scaling in one dict
+        if rope:
+            known["rope_theta"] = rope.get("rope_theta", cls.rope_theta)
+            known["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+        config = cls(**known)
+        config.rope_scaling = _known_rope_scaling(config.rope_scaling)
+        for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+            if values.get(key, wanted) != wanted:
+                raise ValueError(f"config.json: {key} = {values[key]!r} is not supported; LLaMA has {wanted!r}")
+        if (values.get("sliding_window") or math.inf) < config.max_position_embeddings:
+            raise ValueError(f"config.json: a sliding window of {values['sliding_window']} tokens is not supported")
+        return config
+
+    def to_dict(self):
+        """The fields under their published names (transformers 4's, which 5 reads too)."""
+        return {key: value for key, value in asdict(self).items() if key != "head_dim" or self.has_own_head_dim}
+
+    @property
+    def has_own_head_dim(self):
+        return self.head_dim * self.num_attention_heads != self.hidden_size
+
+    @property
+    def eos_token_ids(self):
+        """The ids that end an answer, as a set."""
+        ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        return {i for i in ids if i is not None}
+
+
+def _known_rope_scaling(scaling):
+    """None, or a dict whose rope_type is one of those that `rotary_table` knows."""
+    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"config.json: rope scaling {kind!r} is not supported; linear and llama3 are")
+    return {**scaling, "rope_type": kind}
+
+
+@dataclass
+class LlavaConfig:
+    """A language model, a tower, and what joins them; names are the original's. vision None: a plain language model."""
+
+    text: LlamaConfig = field(default_factory=LlamaConfig)
+    vision: ClipVisionConfig = None
+    mm_projector_type: str = "linear"
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: str = "patch"  # drops the class token; cls_patch keeps it
+    image_aspect_ratio: str = "square"
+    mm_use_im_start_end: bool = False
+    tokenizer_model_max_length: int = None
+    conv_mode: str = None  # the conversation template (formats/templates.py)
+
+    @property
+    def image_tokens(self):
+        """N: the places one picture takes in a sequence; 0 without a tower."""
+        if self.vision is None:
+            return 0
+        return self.vision.num_patches + (self.mm_vision_select_feature == "cls_patch")
+
+
+# ----------------------------------------------------------------------------------------------------- language model
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
+
+
+def rotary_table(config, position_ids):
+    """cos and sin (T, 1, K) float32 of the angles by which positions turn queries and keys (Su et al. 2021).
+
+    Pair i of a head turns by position * theta^(-2i/K). For longer contexts `linear` slows all pairs down by a factor;
+    `llama3` only those that would not complete a turn within the original context, with a ramp between (LLaMA 3.1).
+    """
+    pairs = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
+    frequency = 1.0 / config.rope_theta**pairs  # (K/2,)
+    scaling = config.rope_scaling
+    if scaling and scaling["rope_type"] == "linear":
+        frequency = frequency / scaling["factor"]
+    elif scaling:
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slowed down, 1: as it was
+        frequency = (1 - keep) * frequency / scaling["factor"] + keep * frequency
+    angles = position_ids.float()[:, None] * frequency
+    angles = torch.cat([angles, angles], -1)[:, None]  # (T, 1, K): HF's layout pairs dimension i with i + K/2
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (i, i + K/2) of x (T, H, K) by its angle."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which a group of query heads shares one key/value head (Ainslie et al. 2023)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+
+    def forward(self, x, rotary, packing, cache=None):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rotary), rotate(k, *rotary)  # (T, H, K), (T, H/G, K)
+        if cache is not None:
+            cache.write(self.layer, k, v)
+        if cache is not None and cache.decoding:
+            out = attend_to_cache(q, *cache.read(self.layer), cache.lengths)
+        else:
+            out = attention(q, k, v, packing, causal=True)
+        return self.o_proj(out.flatten(1))  # (T, D)
+
+
+class Mlp(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = Mlp(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, rotary, packing, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, packing, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """Embeddings in, hidden states out; the part of a checkpoint under `model.`"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False  # True: keep each layer's input only, compute the rest again in backward
+
+    def forward(self, x, position_ids, packing, cache=None):
+        """x (T, D), position_ids (T,) -> (T, D) after the final norm."""
+        rotary = tuple(table.to(x.dtype) for table in rotary_table(self.config, position_ids))
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotary, packing, use_reentrant=False)
+            else:
+                x = layer(x, rotary, packing, cache)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The whole language model: `model` and the head that turns hidden states into word scores."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+
+class Cache:
+    """Keys and values of what B sequences have read so far, in buffers of a fixed capacity (cells per sequence)."""
+
+    def __init__(self, config, batch, capacity, dtype, device):
+        shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.decoding = False  # False: whole prompts arrive; True: one row per sequence
+
+    def begin(self, packing):
+        """Announce the rows that every layer will write next: after a sequence's past, in the packing's order."""
+        self.decoding = bool(self.lengths.any())
+        assert not self.decoding or packing.max_seqlen == 1
+        self.cells = packing.sequence, self.lengths[packing.sequence] + packing.position
+        self.lengths = self.lengths + packing.cu_seqlens.diff()
+        self.longest = int(self.lengths.max())
+
+    def write(self, layer, k, v):
+        """k, v (T, H/G, K) of the rows announced."""
+        self.keys[layer][self.cells], self.values[layer][self.cells] = k, v
+
+    def read(self, layer):
+        """Keys and values (B, L, H/G, K) up to the longest sequence."""
+        return self.keys[layer, :, : self.longest], self.values[layer, :, : self.longest]
+
+    def keep(self, rows):
+        """Forget all sequences but `rows` (a list): the others have ended."""
+        self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+
+
+# -------------------------------------------------------------------------------------------------------------- LLaVA
+
+
+class Llava(nn.Module):
+    """Tower, projector and language model. Without `config.vision` only the last: a text model is a Llava that is blind.
+
+    A batch is any object with input_ids (T,), labels (T,), position_ids (T,), cu_seqlens (B+1,) and
+    pixel_values (P, 3, S, S); each picture owns N consecutive places of input_ids, marked IMAGE_TOKEN_INDEX.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision_tower = self.mm_projector = None
+        if config.vision is not None:
+            depth = selected_depth(config.vision.num_hidden_layers, config.mm_vision_select_layer)
+            self.vision_tower = ClipVision(config.vision, depth)
+            self.mm_projector = build_projector(
+                config.mm_projector_type, config.vision.hidden_size, config.text.hidden_size)
+        self.language_model = Llama(config.text)
+
+    def picture_features(self, pixel_values):
+        """(P, 3, S, S) -> (P, N, D): what the language model will see."""
+        frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            x = self.vision_tower(pixel_values)
+        if self.config.mm_vision_select_feature == "patch":
+            x = x[:, 1:]
+        return self.mm_projector(x.to(self.language_model.model.embed_tokens.weight.dtype))
+
+    def embed(self, batch):
+        """Words are looked up, places of pictures filled with features. -> (T, D)"""
+        slots = batch.input_ids == IMAGE_TOKEN_INDEX
+        x = self.language_model.model.embed_tokens(batch.input_ids.masked_fill(slots, 0))
+        if self.vision_tower is None:
+            if slots.any():
+                raise ValueError("this model has no vision tower and cannot look at pictures; load one with a projector")
+            return x
+        pixels = batch.pixel_values
+        if len(pixels):
+            features = self.picture_features(pixels).flatten(0, 1)  # (P*N, D)
+            assert len(features) == int(slots.sum()), (len(features), int(slots.sum()), batch.ids)
+            return x.masked_scatter(slots[:, None], features.to(x.dtype))
+        if torch.is_grad_enabled():  # every rank must run the same modules, so a batch without pictures sees a grey one
+            side = self.config.vision.image_size
+            x = x + 0 * self.picture_features(x.new_zeros(1, 3, side, side)).sum()
+        return x
+
+    def hidden(self, batch, cache=None):
+        """-> (T, D) after the final norm. With a cache, the batch continues what it holds."""
+        packing = Packing(batch.cu_seqlens)
+        if cache is not None:
+            cache.begin(packing)
+        return self.language_model.model(self.embed(batch), batch.position_ids, packing, cache)
+
+    def logits(self, batch):
+        """Scores of every next word, (T, V) float32."""
+        return self.language_model.lm_head(self.hidden(batch)).float()
+
+    def last_logits(self, batch, cache):
+        """Scores after the last row of each sequence, (B, V) float32: all that generation needs."""
+        last = self.hidden(batch, cache)[batch.cu_seqlens[1:].long() - 1]
+        return self.language_model.lm_head(last).float()
+
+    def loss(self, batch):
+        """Mean cross-entropy over the learned tokens of the batch, a float32 scalar; NaN if there are none.
+
+        Row t predicts token t+1, and most rows predict a token that is not learned: pictures, questions. Only the
+        others reach lm_head, which costs 1.3x less time in stage 1 and a fraction of the memory.
+        """
+        rows = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
+        hidden = self.hidden(batch).index_select(0, rows - 1)
+        return F.cross_entropy(self.language_model.lm_head(hidden).float(), batch.labels[rows])
