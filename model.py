@@ -62,6 +62,8 @@ class LlamaConfig:
         if rope:
             known["rope_theta"] = rope.get("rope_theta", cls.rope_theta)
             known["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+        if not 0 <= known.get("pad_token_id", -1) < known.get("vocab_size", cls.vocab_size):
+            known["pad_token_id"] = None  # old configs hold -1, llava-hf's an id of a row that is never trained
         config = cls(**known)
         config.rope_scaling = _known_rope_scaling(config.rope_scaling)
         for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
@@ -198,6 +200,8 @@ class Mlp(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.self_attn = Attention(config, layer)

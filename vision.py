@@ -68,6 +68,8 @@ class ClipAttention(nn.Module):
 
 
 class ClipMlp(nn.Module):
+    """Two maps with an activation between them."""
+
     def __init__(self, config):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -79,6 +81,8 @@ class ClipMlp(nn.Module):
 
 
 class ClipLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with LayerNorms that have biases."""
+
     def __init__(self, config):
         super().__init__()
         self.self_attn = ClipAttention(config)

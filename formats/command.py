@@ -9,16 +9,23 @@
 import argparse
 import difflib
 import os
+import re
 import sys
+
+TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+FLAG = re.compile(r"(--?[A-Za-z][\w-]*)(=.*)?", re.DOTALL)  # --flag or --flag=value; a text like "-- well" is neither
 
 
 def boolean(text):
     """'True', 'false', '1', 'no' … -> bool. `type=bool` would take every non-empty string, 'False' too, for True."""
-    if text.lower() in ("true", "1", "yes", "on"):
+    if text.lower() in TRUE:
         return True
-    if text.lower() in ("false", "0", "no", "off"):
+    if text.lower() in FALSE:
         return False
     raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
+
+
+SWITCH = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}  # options of a boolean flag
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,20 +39,22 @@ class Parser(argparse.ArgumentParser):
 
     def add_switch(self, flag, default=False, help=None, **options):
         """A boolean flag: absent = default, bare = True, or followed by True|False."""
-        self.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=help, **options)
+        self.add_argument(flag, default=default, help=help, **SWITCH, **options)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = [_underscored(a) for a in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args(args, namespace)
-
-    def parse_args(self, args=None, namespace=None):
-        values, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [flag for action in self._every_action() for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
-            self.error(f"unknown argument {unknown[0]}{hint}")
-        return values
+        """argparse's; subcommands pass through here too, each with its own flags. An unknown flag ends the program."""
+        words = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
+        known = [flag for action in self._every_action() for flag in action.option_strings]
+        switches = [action for action in self._actions if action.type is boolean and self._get_positional_actions()]
+        for i, word in enumerate(words[:words.index("--") if "--" in words else None]):
+            flag = FLAG.fullmatch(word)
+            if flag and flag[1] not in known:
+                near = difflib.get_close_matches(flag[1], known, 1, 0.5)
+                hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+                self.error(f"unknown argument {flag[1]}; {hint}")
+            if any(word in switch.option_strings for switch in switches):  # in `--json FOLDER` FOLDER is no boolean
+                words[i] += "" if "".join(words[i + 1:i + 2]).lower() in TRUE + FALSE else "=True"
+        return super().parse_known_args(words, namespace)
 
     def _every_action(self):
         """This parser's flags and those of its subcommands."""
@@ -62,10 +71,8 @@ class Parser(argparse.ArgumentParser):
 
 def _underscored(word):
     """`--a-b=c-d` -> `--a_b=c-d`: only the flag's name is changed, never its value."""
-    if not word.startswith("--") or word == "--":
-        return word
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
+    flag = FLAG.fullmatch(word)
+    return "--" + flag[1][2:].replace("-", "_") + (flag[2] or "") if flag and word.startswith("--") else word
 
 
 def run(main):
@@ -78,7 +85,7 @@ def run(main):
             sys.exit(0)
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,0 +1,73 @@
+"""What transformers' AutoProcessor reads beside the weights of a llava-hf folder: pictures, the `<image>` token, a chat.
+
+To LLaVA `<image>` is a mark in the text that never becomes an id. llava-hf gives it one, and as many copies of it as a
+picture has features. A tokenizer without it gets `<image>` as its next id, 32000 for LLaMA's; no other id changes. The
+published folders have 64 more embedding rows for that (32064), and so do ours.
+"""
+
+import json
+
+from formats.layouts import STRATEGIES
+from formats.templates import TEMPLATES
+from tokenizer import IMAGE_TAG
+
+MANNERS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def preprocessor_config(image_processor, config):
+    """preprocessor_config.json. CLIPImageProcessor cuts pictures to a square; LlavaImageProcessor can pad them, too."""
+    values = image_processor.to_dict() | {"processor_class": "LlavaProcessor"}
+    if config.image_aspect_ratio == "pad":
+        values |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    return values
+
+
+def processor_config(config):
+    """processor_config.json: how many copies of `<image>` a picture takes."""
+    return {
+        "processor_class": "LlavaProcessor", "image_token": IMAGE_TAG, "patch_size": config.vision.patch_size,
+        "num_additional_image_tokens": 1,  # CLIP's class token, which the strategy `default` takes away again
+        "vision_feature_select_strategy": STRATEGIES[config.mm_vision_select_feature],
+    }
+
+
+def add_image_token(files, next_id):
+    """Give the tokenizer in `files` ({name: bytes}, changed in place) an `<image>` token, if it has none. -> its id
+
+    Both tokenizer.json and tokenizer_config.json list it: fast tokenizers read the one, slow ones the other.
+    """
+    if "tokenizer.json" not in files:
+        return next_id
+    spec, config = json.loads(files["tokenizer.json"]), json.loads(files.get("tokenizer_config.json", b"{}"))
+    listed = {str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in spec["added_tokens"]}
+    listed |= config.get("added_tokens_decoder", {})
+    ids = [int(token_id) for token_id, token in listed.items() if token["content"] == IMAGE_TAG]
+    if ids:
+        return ids[0]
+    token = {"content": IMAGE_TAG, **MANNERS}
+    spec["added_tokens"].append({"id": next_id, **token})
+    config["added_tokens_decoder"] = listed | {str(next_id): token}
+    files["tokenizer.json"] = json.dumps(spec, ensure_ascii=False, indent=1).encode()
+    files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2).encode()
+    return next_id
+
+
+def chat_template(conv_mode):
+    """The conversation template as Jinja, for chat_template.jinja; None for templates that are no conversation.
+
+    A message's content is a text, or transformers' list of parts, of which pictures come first as `<image>` lines.
+    """
+    template = TEMPLATES.get(conv_mode)
+    if template is None or template.style != "two":
+        return None
+    human, assistant = template.roles
+    return (
+        "{{ " + json.dumps(template.system + template.sep) + " }}"
+        "{% for message in messages %}"
+        "{{ '" + human + ": ' if message['role'] == 'user' else '" + assistant + ": ' }}"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] if part['type'] == 'image' %}{{ '" + IMAGE_TAG + "\\n' }}{% endfor %}"
+        "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+        "{{ " + json.dumps(template.sep) + " if message['role'] == 'user' else " + json.dumps(template.sep2) + " }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '" + assistant + ":' }}{% endif %}")

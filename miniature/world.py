@@ -1,0 +1,123 @@
+"""The world: small pictures of coloured shapes, and the scenes behind them.
+
+A *scene* is what a picture shows, known exactly because we drew it: 1 to 4 objects, each with a size, a colour, a shape
+and a place on a 3 x 3 grid, jittered a little, before a wall and a floor of two greys. words.py turns a scene into
+captions, questions and answers, as GPT-4 turned COCO's captions and boxes into LLaVA's training data.
+
+Five combinations of colour and shape (`WITHHELD`) appear in no training picture and in no training text, neither here
+nor when the towers are pretrained. Every colour and every shape of them is known from other combinations, so a model
+that answers about a green star has put "green" and "star" together by itself.
+"""
+
+import dataclasses
+import math
+import random
+
+from PIL import Image, ImageDraw
+
+COLORS = {"red": (212, 32, 32), "orange": (240, 136, 20), "yellow": (242, 222, 40), "green": (34, 158, 52),
+          "blue": (38, 70, 214), "purple": (140, 44, 170), "white": (242, 242, 242), "black": (18, 18, 18)}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+SIZES = {"small": 4.4, "big": 6.9}  # radius in pixels
+PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
+WITHHELD = (("purple", "circle"), ("yellow", "square"), ("blue", "triangle"), ("green", "star"), ("red", "cross"))
+ALLOWED = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in WITHHELD)
+SIDE = 48  # pixels of a training picture
+CELL = SIDE / 3
+SHARPNESS = 4  # a picture is drawn so many times larger, then reduced: smooth edges
+
+
+@dataclasses.dataclass
+class Object:
+    """One thing in a picture; x, y, radius in pixels of a SIDE x SIDE picture, rgb 0..255."""
+
+    size: str
+    color: str
+    shape: str
+    place: str
+    x: float
+    y: float
+    radius: float
+    rgb: tuple
+
+
+@dataclasses.dataclass
+class Scene:
+    """Everything that a picture shows. `objects` stand in reading order: row by row, from left to right."""
+
+    objects: list
+    wall: tuple
+    floor: tuple
+    horizon: float
+
+
+def make_scene(rng, withheld=False, count=None):
+    """A random scene of `count` (else 1 to 4) objects; with `withheld` one or two of them are withheld combinations.
+
+    No two objects share both colour and shape, so "the red circle" always means one thing; sharing one of the two is
+    common, so that neither alone tells objects apart.
+    """
+    count = count or rng.randint(1, 4)
+    pairs = rng.sample(WITHHELD, min(count, rng.randint(1, 2))) if withheld else []
+    while len(pairs) < count:
+        color, shape = rng.choice(ALLOWED)
+        if pairs and rng.random() < 0.6:  # share a property with an object that is already there
+            color, shape = (rng.choice(pairs)[0], shape) if rng.random() < 0.5 else (color, rng.choice(pairs)[1])
+        if (color, shape) in ALLOWED and (color, shape) not in pairs:
+            pairs.append((color, shape))
+    rng.shuffle(pairs)
+    places = sorted(rng.sample(range(len(PLACES)), count))
+    while True:  # until no two objects touch
+        objects = [_make_object(rng, *pair, place) for pair, place in zip(pairs, places)]
+        if all(math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 1
+               for i, a in enumerate(objects) for b in objects[:i]):
+            break
+    wall, floor = ((grey + rng.randint(-10, 10), grey, grey + rng.randint(-10, 10))
+                   for grey in (rng.randint(120, 175), rng.randint(85, 140)))
+    return Scene(objects, wall, floor, horizon=rng.uniform(0.3, 1.0) * SIDE)
+
+
+def _make_object(rng, color, shape, cell):
+    """An object in the middle of its grid cell, give or take three pixels, and wholly inside the picture."""
+    size = rng.choice(list(SIZES))
+    radius = SIZES[size] * rng.uniform(0.93, 1.07)
+    row, column = divmod(cell, 3)
+    x, y = (min(max(CELL * (i + 0.5) + rng.uniform(-3, 3), radius + 0.5), SIDE - radius - 0.5) for i in (column, row))
+    rgb = tuple(min(max(channel + rng.randint(-12, 12), 0), 255) for channel in COLORS[color])
+    return Object(size, color, shape, PLACES[cell], x, y, radius, rgb)
+
+
+def draw(scene, side=SIDE):
+    """The scene as an RGB picture of side x side pixels."""
+    scale = side * SHARPNESS / SIDE
+    large = side * SHARPNESS
+    picture = Image.new("RGB", (large, large), scene.wall)
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle((0, scene.horizon * scale, large, large), fill=scene.floor)
+    for thing in scene.objects:
+        pen.polygon([((thing.x + thing.radius * dx) * scale, (thing.y + thing.radius * dy) * scale)
+                     for dx, dy in OUTLINES[thing.shape]], fill=thing.rgb)
+    return picture.reduce(SHARPNESS)
+
+
+def _ring(corners, radii=(1.0,), start=-0.25):
+    """Points around the origin, `start` turns from the right; radii alternate (a star has two)."""
+    angles = [2 * math.pi * (start + i / corners) for i in range(corners)]
+    return [(radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)]
+
+
+_ARM = 0.34  # half the width of a cross's arm
+OUTLINES = {  # around the origin, within the unit square
+    "circle": _ring(24),
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": [(0, -1), (1, 0.8), (-1, 0.8)],
+    "star": _ring(10, radii=(1.08, 0.45)),
+    "cross": [(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM),
+              (_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)],
+}
+
+
+def scenes(seed, count, withheld=False):
+    """`count` random scenes, the same for the same seed (an int or a string)."""
+    rng = random.Random(seed)
+    return [make_scene(rng, withheld) for _ in range(count)]

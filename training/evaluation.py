@@ -1,0 +1,110 @@
+"""Evaluation while training: the loss on held-out records, and whether the model sees or only guesses.
+
+A falling loss proves nothing about sight: a language model learns the likely answers without looking. So the first
+`--eval_generate` records of each file are also asked, and their answers compared with the recorded ones: with the true
+picture, with another record's (`shuffled`) and with a grey one (`blank`). Only what the first has above the others was
+seen. `eval_match` is the plain mean over the kinds of short answers (every recorded answer of the kind has at most
+SHORT words), so that each kind weighs the same; longer answers, hard to meet word for word, are shown apart.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import data
+from model import IGNORE_INDEX
+from sample import Request, generate
+
+SHORT = 3  # words
+PICTURES = ("true", "shuffled", "blank")
+
+
+class Judge:
+    """Evaluates one model on the files of `--eval_data_path`; each gives one row of log.jsonl per evaluation."""
+
+    def __init__(self, args, loaded):
+        self.args, self.loaded = args, loaded
+        self.pictures = [name.strip() for name in args.eval_pictures.split(",")]
+        for name in self.pictures:
+            if name not in PICTURES:
+                raise ValueError(f"--eval_pictures {name!r} is not known; use {', '.join(PICTURES)}, comma-separated")
+        self.sets = {Path(path).stem: data.Records(path, args.image_folder, loaded, loaded.conv_mode, args.model_max_length)
+                     for path in (args.eval_data_path or "").split(",") if path}
+
+    @torch.no_grad()
+    def rows(self, step):
+        """Evaluate every file. -> rows for log.jsonl"""
+        for name, records in self.sets.items():
+            began = time.perf_counter()
+            row = {"step": step, "eval_set": name, "eval_loss": self.loss(records)}
+            if self.args.eval_generate:
+                row |= self.ask(records)
+            yield row | {"eval_seconds": time.perf_counter() - began}
+
+    def loss(self, records):
+        """Mean cross-entropy over all learned tokens of the file."""
+        device = self.loaded.model.language_model.lm_head.weight.device
+        total, learned, size = 0.0, 0, self.args.per_device_eval_batch_size
+        for first in range(0, len(records), size):
+            batch = records.pack([records[i] for i in range(first, min(first + size, len(records)))]).to(device)
+            count = int((batch.labels != IGNORE_INDEX).sum())
+            total += self.loaded.model.loss(batch).item() * count
+            learned += count
+        return total / max(1, learned)
+
+    def ask(self, records):
+        """Generate an answer to the last question of each record and compare. -> the eval_match fields of a row"""
+        asked = [records.question(i) for i in range(min(self.args.eval_generate, len(records)))]
+        scores = {}  # picture -> kind -> [True, False, …]
+        answers = []
+        longest = 8 + max(len(self.loaded.tokenizer.encode(q.answer)) for q in asked)
+        for pictures in self.pictures:
+            requests = [Request(q.messages, images, longest) for q, images in zip(asked, self.show(asked, pictures))]
+            said = generate(self.loaded, requests, batch_size=self.args.per_device_eval_batch_size)
+            by_kind = scores.setdefault(pictures, {})
+            for q, answer in zip(asked, said):
+                if q.images or pictures == "true":  # a question without a picture cannot be asked with another one
+                    by_kind.setdefault(q.kind, []).append(plain(answer.text) == plain(q.answer))
+                if pictures == "true":
+                    answers.append({"id": q.id, "kind": q.kind, "question": q.messages[-1][1], "expected": q.answer,
+                                    "answer": answer.text})
+        long = {q.kind for q in asked if len(q.answer.split()) > SHORT}
+        result = {}
+        for pictures, by_kind in scores.items():
+            means = {kind: sum(x) / len(x) for kind, x in by_kind.items()}
+            short = [mean for kind, mean in means.items() if kind not in long] or list(means.values())
+            result["eval_match" + ("" if pictures == "true" else f"_{pictures}")] = sum(short) / max(1, len(short))
+            if pictures == "true":
+                result["eval_match_by_kind"] = means
+        return result | {"eval_answers": answers}
+
+    def show(self, asked, pictures):
+        """The pictures of every question: its own, those of the next question with as many but other ones, or grey."""
+        if pictures == "true":
+            return [q.images for q in asked]
+        if pictures == "blank":
+            grey = tuple(int(255 * mean) for mean in self.loaded.image_processor.image_mean)
+            return [[Image.new("RGB", (64, 64), grey) for _ in q.images] for q in asked]
+        others = []
+        for i, q in enumerate(asked):
+            rest = (asked[(i + k) % len(asked)] for k in range(1, len(asked)))
+            others.append(next((r.images for r in rest if len(r.images) == len(q.images) and r.images != q.images), q.images))
+        return others
+
+
+def plain(text):
+    """An answer as it is compared: lower case, single spaces, no full stop at the end."""
+    return " ".join(text.lower().split()).rstrip(" .")
+
+
+def line(row):
+    """A row as a line for the terminal: the sight meter."""
+    parts = [f"eval {row['eval_set']} at step {row['step']}: loss {row['eval_loss']:.4f}"]
+    if "eval_match" in row:
+        meters = [f"{name} {row[key]:.3f}" for name, key in
+                  (("true", "eval_match"), ("shuffled", "eval_match_shuffled"), ("blank", "eval_match_blank")) if key in row]
+        kinds = [f"{kind} {value:.2f}" for kind, value in sorted(row["eval_match_by_kind"].items(), key=str)]
+        parts += ["sight: " + "  ".join(meters), "by kind: " + "  ".join(kinds)]
+    return "  |  ".join(parts) + f"  ({row['eval_seconds']:.1f} s)"
