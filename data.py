@@ -6,7 +6,7 @@ A record is LLaVA's JSON: {"id", "image", "conversations": [{"from": "human" | "
                     where the token belongs to an answer and -100 elsewhere; every picture is one -200
     Records         the same for a whole file, with the pictures as pixels, one Example per record
     pack            Examples are laid end to end: each -200 widens to the N places that the tower's features will take,
-                    positions restart at 0, `cu_seqlens` says where a sequence ends; no padding, it would be computed too
+                    positions restart at 0, `cu_seqlens` says where each ends; no padding, it would be computed too
 
 What a record holds that it should not is never passed over: it stops the run, or is counted and reported.
 
@@ -29,16 +29,16 @@ import torch
 
 from formats import command, layouts, templates
 from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig
-from tokenizer import IMAGE_TAG, TextStream, Tokenizer  # noqa: F401  (TextStream: for readers of what we encode)
+from tokenizer import IMAGE_TAG, TextStream, Tokenizer  # noqa: F401
 from vision import open_picture
 from weights import find_folder, read_json
 
 
 @dataclass
 class Example:
-    """One record, rendered. ids, labels: with one -200 per picture; learned: the stretches of the prompt that carry labels;
-    spans: each token's characters in the prompt; pictures: a file per -200; notes: what was odd about the record;
-    pixel_values: (P, 3, S, S) float32, once they are loaded."""
+    """One record, rendered. ids, labels: with one -200 per picture; learned: the stretches of the prompt that carry
+    labels; spans: each token's characters in the prompt; pictures: a file per -200; notes: what was odd about the
+    record; pixel_values: (P, 3, S, S) float32, once they are loaded."""
 
     id: str
     ids: list
@@ -53,8 +53,8 @@ class Example:
 
 @dataclass
 class Batch:
-    """Sequences end to end. input_ids, labels, position_ids: (T,) int64; cu_seqlens: (n+1,) int32, where each begins and
-    the last ends; pixel_values: (P, 3, S, S) float32 in the order of their places, N ids of -200 each; ids: the
+    """Sequences end to end. input_ids, labels, position_ids: (T,) int64; cu_seqlens: (n+1,) int32, where each begins
+    and the last ends; pixel_values: (P, 3, S, S) float32 in the order of their places, N ids of -200 each; ids: the
     records'; notes: [(what was odd or cut, record id)]."""
 
     input_ids: torch.Tensor
@@ -243,7 +243,7 @@ def pack(examples, config, model_max_length=None):
     for example in examples:
         row_ids, row_labels, pictures, cut = widen(example, config.image_tokens, model_max_length)
         input_ids += row_ids
-        labels += [IGNORE_INDEX] * len(row_labels[:1]) + row_labels[1:]  # nothing precedes, so nothing predicts, the first token
+        labels += [IGNORE_INDEX] * len(row_labels[:1]) + row_labels[1:]  # nothing predicts the first
         positions += range(len(row_ids))
         bounds.append(len(input_ids))
         if pictures:
@@ -372,11 +372,13 @@ class Records:
                          for what, ids in self.notes.items())
 
     def question(self, i):
-        """The i-th record as a Question about its last answer."""
+        """The i-th record as a Question about its last answer; None if all its answers are empty."""
         record = self.records[i]
         messages, image, _ = messages_of(record)
         messages = messages[messages[0][0] == "gpt":]
-        last = max(k for k, (role, text) in enumerate(messages) if role == "gpt" and text)
+        last = max((k for k, (role, text) in enumerate(messages) if role == "gpt" and text), default=None)
+        if last is None:
+            return None
         tags = sum(text.count(IMAGE_TAG) for _, text in messages[:last])
         images = [image] * tags if isinstance(image, str) else (image or [])[:tags]
         return Question(str(record["id"]), record.get("kind"), messages[:last],
@@ -389,7 +391,7 @@ def check_record(learned, pictures, image_folder):
         raise ValueError("nothing to learn: it has no answer; add one or leave the record out")
     for path in (os.path.join(image_folder, name) for name in pictures or []):
         if not os.path.isfile(path):
-            raise ValueError(f"missing picture: {path} does not exist; check --image_folder and `image`")
+            raise ValueError(f"missing picture: {path} does not exist; check --image_folder")
 
 
 def _kind(error):
@@ -398,7 +400,7 @@ def _kind(error):
 
 
 def progress(items, what):
-    """Pass the items on; on a terminal, after three seconds, say every second how far it is and how long it will take."""
+    """Pass the items on; on a terminal, after three seconds, say every second how far it is and how long it takes."""
     begun = said = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
@@ -423,13 +425,13 @@ def main():
         door.set_defaults(run=run)
         door.add_argument("--data_path", required=True, nargs="+", help="JSON array or JSONL, one file or several")
         door.add_argument("--image_folder", default="", help="where the records' pictures lie")
-        door.add_argument("--model_name_or_path", required=True, help="a model; its folder's tokenizer files are enough")
+        door.add_argument("--model_name_or_path", required=True, help="a model; its tokenizer files are enough")
         door.add_argument("--version", help="conversation template; default: the model's own")
         door.add_argument("--model_max_length", type=int, help="the longest sequence; default: the model's own limit")
         door.add_switch("--mm_use_im_start_end", default=None, help="<im_start> and <im_end> around pictures")
         door.add_switch("--json", help="print JSON and nothing else")
         if run is show:
-            door.add_argument("--index", type=int, nargs="+", help="which records, from 0; default: 0 1 2, with --json all")
+            door.add_argument("--index", type=int, nargs="+", help="records, from 0; default: 0 1 2, with --json all")
     args = parser.parse_args()
     return args.run(args)
 

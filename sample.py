@@ -139,13 +139,13 @@ def encode(loaded, request):
     prompt = templates.render(loaded.conv_mode, messages, loaded.tokenizer, open=True).prompt
     bos = loaded.conv_mode != templates.CHAT
     if request.images:
-        ids, spans = data.encode_prompt(prompt, loaded.tokenizer, bos)
+        ids, _ = data.encode_prompt(prompt, loaded.tokenizer, bos)
     else:  # without a picture the tag is mere text
-        ids, spans = loaded.tokenizer.encode_with_spans(prompt, bos)
+        ids = loaded.tokenizer.encode(prompt, bos)
     if ids.count(IMAGE_TOKEN_INDEX) != len(request.images):
         raise ValueError(f"{len(request.images)} pictures for {ids.count(IMAGE_TOKEN_INDEX)} {IMAGE_TAG} tags; "
                          "give one picture per tag, or no tags")
-    example = data.Example("question", prompt, [], ids, [IGNORE_INDEX] * len(ids), spans)
+    example = data.Example("question", ids, [IGNORE_INDEX] * len(ids))
     if request.images:
         if loaded.image_processor is None:
             raise ValueError("this model has no vision tower and cannot look at pictures")
@@ -327,7 +327,9 @@ def stream(loaded, request, quiet=False):
         print()
         decode = max(answer.seconds - answer.first_token_seconds, 1e-9)
         rate = (len(answer.token_ids) - 1) / decode
-        read = sum(p.numel() * p.element_size() for p in loaded.model.language_model.parameters()) * rate / 1e9
+        language = loaded.model.language_model  # every weight is read once per token, of the embeddings one row only
+        weights = language.lm_head.weight, *language.model.layers.parameters()
+        read = sum(p.numel() * p.element_size() for p in weights) * rate / 1e9
         print(f"[{len(answer.token_ids)} tokens, first after {answer.first_token_seconds:.2f} s, then {rate:.1f} tokens/s, "
               f"{read:.2f} GB/s of weights]", file=sys.stderr)
     return answer

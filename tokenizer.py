@@ -31,10 +31,10 @@ NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 class Tokenizer:
     """Encodes and decodes as the original does.
 
-    bos_token_id, eos_token_id, unk_token_id, pad_token_id: int, or None where the folder names no such token.
-    special_tokens: {"bos_token": "<s>", ...}, what a chat template may mention; special_ids: the ids decode() leaves out.
-    adds_bos: whether encode() puts a BOS in front; legacy: see the head of this file; chat_template: Jinja text or None.
-    folder_files: {name: path} of the files read, to be copied into what we save.
+    bos_token_id, eos_token_id, unk_token_id, pad_token_id: int, or None where the folder names no such token;
+    special_tokens: {"bos_token": "<s>", …}; special_ids: what decode() leaves out; adds_bos: whether encode() puts a
+    BOS in front; legacy: see the head of this file; chat_template: Jinja text or None; folder_files: {name: path} of
+    the files it came from, to be copied into what we save.
     """
 
     def __init__(self, spec, config, folder_files):
@@ -56,7 +56,7 @@ class Tokenizer:
         self._library = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._added = {content: token["id"] for content, token in added.items()}
         self._split = re.compile("|".join(_pattern(added[c]) for c in sorted(added, key=len, reverse=True)) or r"(?!)")
-        self._swallow_prefix = {*self.special_tokens.values(), *map(_content, config.get("additional_special_tokens") or [])}
+        self._named = {*self.special_tokens.values(), *map(_content, config.get("additional_special_tokens") or [])}
         for name in NAMES:
             setattr(self, f"{name}_id", self.token_to_id(self.special_tokens.get(name, "")))
         adds_bos = config.get("add_bos_token") is not False if self._is_llama else bool(self._library.encode("").ids)
@@ -68,12 +68,12 @@ class Tokenizer:
         folder = Path(folder)
         files = {name: folder / name for name in FILES if (folder / name).is_file()}
         if "tokenizer.json" not in files:
-            found = "only tokenizer.model, whose format is not read yet" if "tokenizer.model" in files else "no tokenizer files"
+            found = "only tokenizer.model, which is not read yet" if "tokenizer.model" in files else "no tokenizer"
             raise ValueError(f"{folder}: expected tokenizer.json, found {found}; transformers' "
                              "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one")
         spec = _read_json(files["tokenizer.json"])
         if "model" not in spec:
-            raise ValueError(f"{files['tokenizer.json']}: expected a tokenizer with a key 'model', found {sorted(spec)[:5]}")
+            raise ValueError(f"{files['tokenizer.json']}: expected the `tokenizers` format, found no key 'model'")
         config = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if name in files:
@@ -110,8 +110,8 @@ class Tokenizer:
         place = 0
         for mark in self._split.finditer(text):
             self._encode_stretch(text, place, mark.start(), ids, spans)
-            if mark.start() == 0 and not self.legacy and mark[0] not in self._swallow_prefix:
-                ids.append(self.token_to_id(SPACE))  # the original's quirk: <im_start> at the very front leaves the prefix alone
+            if mark.start() == 0 and not self.legacy and mark[0] not in self._named:
+                ids.append(self.token_to_id(SPACE))  # the original drops the prefix before <s>, not before <im_start>
                 spans.append((0, 0))
             ids.append(self._added[mark[0].strip()])
             spans.append(mark.span())
@@ -120,7 +120,7 @@ class Tokenizer:
         return ids, spans
 
     def _encode_stretch(self, text, start, end, ids, spans):
-        """Append ids and spans of text[start:end], a stretch without special tokens, with the prefix where it is due."""
+        """Append ids and spans of text[start:end], where no special token is, with the prefix if it is due."""
         if start == end:
             return
         prefix = SPACE if self.legacy or start == 0 else ""
@@ -163,12 +163,11 @@ class TextStream:
 
 
 def _is_llama(spec):
-    """Does this tokenizer.json describe SentencePiece BPE with a dummy prefix? (The prefix stands in the normalizer of
-    older files, in a Metaspace pre-tokenizer of newer ones.)"""
+    """Does this tokenizer.json describe SentencePiece BPE with a dummy prefix? The prefix stands in the normalizer of
+    older files, in a Metaspace pre-tokenizer of newer ones."""
     steps = [step for key in ("normalizer", "pre_tokenizer") if spec.get(key)
              for step in spec[key].get("normalizers") or spec[key].get("pretokenizers") or [spec[key]]]
-    prefixed = any(step.get("prepend") == SPACE or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
-                   for step in steps)
+    prefixed = any(step.get("prepend") == SPACE or step.get("prepend_scheme") in ("first", "always") for step in steps)
     return spec["model"].get("type") == "BPE" and bool(spec["model"].get("byte_fallback")) and prefixed
 
 

@@ -6,6 +6,7 @@
 Plain `python train.py …` is the same on one process: a mesh of one. Flags carry LLaVA's names (training/flags.py).
 """
 
+import gc
 import json
 import math
 import os
@@ -32,25 +33,28 @@ def main(argv=None):
     """Flags -> model -> data -> the loop -> a folder that sample.py and transformers load."""
     args = flags.parse(argv)
     device, mesh = start_distributed(args)
-    say = print if mesh.get_rank() == 0 else lambda *_, **__: None
-    check_output_dir(args)
+    interrupted = run(args, device, mesh)
+    stop_distributed()
+    return 130 if interrupted else 0
 
+
+def run(args, device, mesh):
+    """One whole run on this rank. -> whether Ctrl-C ended it"""
+    say = print if mesh.get_rank() == 0 else lambda *_, **__: None
+    prepare_output_dir(args)
     loaded = build_model(args, device)
     say(describe(loaded.model, args))
-    records = data.Records(
-        args.data_path, args.image_folder, loaded, args.version or loaded.conv_mode, args.model_max_length,
-        on_bad_record=args.on_bad_record)
+    records = data.Records(args.data_path.split(","), args.image_folder, loaded, args.version or loaded.conv_mode,
+                           args.model_max_length, on_bad_record=args.on_bad_record)
     order = BatchOrder(len(records), args.per_device_train_batch_size, args.seed, mesh.get_rank(), mesh.size())
-    shard(loaded.model, mesh, args)
-    optimizer = build_optimizer(loaded.model, args)
     judge = evaluation.Judge(args, loaded)
-
-    run = Run(args, loaded, order, optimizer, judge, mesh, device, say)
-    interrupted = run.train(records)
-    run.save(interrupted)
-    say(records.report())
-    stop_distributed(run)
-    return 130 if interrupted else 0
+    shard(loaded.model, mesh, args)
+    loop = Loop(args, loaded, records, order, build_optimizer(loaded.model, args), judge, mesh, device, say)
+    loop.run()
+    loop.save()
+    if records.report():
+        say(records.report())
+    return loop.interrupted
 
 
 # --------------------------------------------------------------------------------------------------------- preparation
@@ -71,20 +75,20 @@ def start_distributed(args):
     return device, init_device_mesh(device.type, (dist.get_world_size(),))
 
 
-def stop_distributed(run):
-    """Leave the group; what is sharded must be gone first, or gloo may abort the process at exit."""
-    run.__dict__.clear()
+def stop_distributed():
+    """Leave the group. What is sharded must be gone before, or gloo may abort the process at exit."""
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 
 
-def check_output_dir(args):
+def prepare_output_dir(args):
     """Refuse to write over a finished run, and find out now, not after hours, whether the folder can be written."""
     if os.path.exists(os.path.join(args.output_dir, "config.json")) and not args.overwrite_output_dir:
         raise ValueError(f"{args.output_dir} already holds a model; give another --output_dir or --overwrite_output_dir")
     os.makedirs(args.output_dir, exist_ok=True)
-    if not os.access(args.output_dir, os.W_OK):
-        raise ValueError(f"{args.output_dir} cannot be written")
+    with open(os.path.join(args.output_dir, "training_args.json"), "w", encoding="utf-8") as file:
+        json.dump(vars(args), file, indent=2)
 
 
 def build_model(args, device):
@@ -179,48 +183,52 @@ def learning_rate_factor(step, total, args):
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
-class Run:
-    """One training run: what the loop holds on to, and what it writes."""
+class Loop:
+    """The training loop: what it holds on to, and what it writes."""
 
-    def __init__(self, args, loaded, order, optimizer, judge, mesh, device, say):
-        self.args, self.loaded, self.model, self.order = args, loaded, loaded.model, order
+    def __init__(self, args, loaded, records, order, optimizer, judge, mesh, device, say):
+        self.args, self.loaded, self.model, self.records, self.order = args, loaded, loaded.model, records, order
         self.optimizer, self.judge, self.mesh, self.device, self.say = optimizer, judge, mesh, device, say
         per_epoch = max(1, len(order) // args.gradient_accumulation_steps)
         self.total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
         self.epochs = math.ceil(self.total / per_epoch)
-        self.step, self.interrupted, self.log = 0, False, None
+        self.step, self.interrupted, self.log, self.started = 0, False, None, time.perf_counter()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * mesh.size()
+        say(f"{len(records):,} records, template {records.conv_mode}; {self.total} steps of {batch} records "
+            f"({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x {mesh.size()} ranks), "
+            f"{self.total / per_epoch:.2f} epochs, {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed}")
 
-    def train(self, records):
-        """Run to the last step or to Ctrl-C (then the step under way is finished). -> whether it was interrupted"""
+    def run(self):
+        """Run to the last step or to Ctrl-C (then the step under way is finished)."""
         previous = signal.signal(signal.SIGINT, self.interrupt)
         with open(os.path.join(self.args.output_dir, "log.jsonl"), "w", encoding="utf-8") as self.log:
-            accumulated, self.started = [], time.perf_counter()
-            began = self.started
-            for micro_batch, epoch in self.micro_batches(records):
+            if self.args.evaluation_strategy != "no":
+                self.evaluate()  # what the model can do before it learns
+            accumulated, began = [], time.perf_counter()
+            for micro_batch, epoch in self.micro_batches():
                 accumulated.append(self.forward_backward(micro_batch))
                 if len(accumulated) < self.args.gradient_accumulation_steps:
                     continue
-                row = self.optimizer_step(accumulated, epoch, began)
-                self.report(row)
-                accumulated, began = [], time.perf_counter()
+                self.report(self.optimizer_step(accumulated, epoch, began))
                 if self.interrupted or self.step == self.total:
                     break
                 if self.due_for_evaluation():
                     self.evaluate()
-                    began = time.perf_counter()
+                accumulated, began = [], time.perf_counter()
             if not self.interrupted:
                 self.evaluate()
         signal.signal(signal.SIGINT, previous)
-        return self.interrupted
 
-    def micro_batches(self, records):
+    def micro_batches(self):
         """(packed batch, epochs done after it), epoch after epoch."""
         for epoch in range(self.epochs):
             batches = self.order.epoch()
-            loader = DataLoader(records, batch_sampler=batches, collate_fn=records.pack,
+            loader = DataLoader(self.records, batch_sampler=batches, collate_fn=self.records.pack,
                                 num_workers=self.args.dataloader_num_workers)
             for i, batch in enumerate(loader):
+                for note, record_id in batch.notes:
+                    self.records.note(note, record_id)
                 yield batch.to(self.device), epoch + (i + 1) / len(batches)
 
     def forward_backward(self, batch):
@@ -312,18 +320,16 @@ class Run:
             self.write(row)
             self.say(evaluation.line(row), flush=True)
 
-    def save(self, interrupted):
-        """Write the model (stage 1 with --save_projector_only: its projector alone) and the flags it came from."""
-        tensors = {name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
+    def save(self):
+        """Write the model; in stage 1 also, or with --save_projector_only alone, its projector."""
+        tensors = {name: p.full_tensor() if hasattr(p, "full_tensor") else p
                    for name, p in self.model.state_dict().items()}
         if self.mesh.get_rank() == 0:
             if self.args.tune_mm_mlp_adapter:
                 weights.save_projector(self.loaded, self.args.output_dir, tensors)
             if not self.args.save_projector_only:
                 weights.save(self.loaded, self.args.output_dir, tensors=tensors)
-            with open(os.path.join(self.args.output_dir, "training_args.json"), "w", encoding="utf-8") as file:
-                json.dump(vars(self.args), file, indent=2)
-        state = f"stopped after step {self.step} of {self.total}" if interrupted else f"{self.step} steps"
+        state = f"stopped after step {self.step} of {self.total}" if self.interrupted else f"{self.step} steps"
         self.say(f"{state} in {duration(time.perf_counter() - self.started)}; written to {self.args.output_dir}")
 
 

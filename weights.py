@@ -495,14 +495,21 @@ def pad_rows(weight, rows):
 
 @contextmanager
 def whole_folder(folder):
-    """A temporary folder beside `folder` whose files move into it only when the block has ended without an error."""
+    """A temporary folder beside `folder` whose files move into it only when the block has ended without an error.
+
+    Weight files that stand there from before and are not replaced would be read first, or half; they go.
+    """
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
         yield temporary
         folder.mkdir(exist_ok=True)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):  # config.json comes last
+        new = sorted(temporary.iterdir(), key=lambda file: file.name == "config.json")  # config.json comes last
+        if any(file.suffix == ".safetensors" for file in new):
+            for file in folder.glob("model*.safetensors*"):
+                file.unlink()
+        for file in new:
             file.replace(folder / file.name)
     finally:
         shutil.rmtree(temporary)

@@ -4,10 +4,10 @@ A model knows a conversation only as text. The template fixes that text: a syste
 at the end of each answer. `render` also says which stretches of characters the model learns to write (its answers with
 their end marks), so that labels follow from where a message stands, never from searching or re-tokenising its text.
 
-    v1             S USER: q ASSISTANT: a</s>USER: q2 ASSISTANT: a2</s>      learned: " a</s>" and " a2</s>"
-    plain          <image>caption\n                                         learned: "caption\n"; the question is dropped
-    chat_template  what the tokenizer's own Jinja template writes, e.g. ChatML:
-                   <|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n     learned: "a<|im_end|>"
+    v1             S USER: q ASSISTANT: a</s>USER: q2 ASSISTANT: a2</s>     learned: " a</s>" and " a2</s>"
+    plain          <image>caption\n                                        learned: "caption\n"; the question is dropped
+    chat_template  what the tokenizer's own Jinja template writes; ChatML e.g.
+                   <|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n    learned: "a<|im_end|>"
 
 Strings and quirks are the original's (LLAVA.md 2.1, 2.2, 2.5). A new template of a style below is a row in TEMPLATES.
 """
@@ -61,7 +61,8 @@ def canonical(name):
     """The template's own name; ValueError if there is none of this name."""
     name = ALIASES.get(name, name)
     if name not in TEMPLATES and name != CHAT:
-        raise ValueError(f"conversation template {name!r} is not known; expected {', '.join([*TEMPLATES, *ALIASES, CHAT])}")
+        known = ", ".join([*TEMPLATES, *ALIASES, CHAT])
+        raise ValueError(f"conversation template {name!r} is not known here; use one of {known}")
     return name
 
 
@@ -85,8 +86,9 @@ def resolve_conv_mode(config, tokenizer):
 def render(conv_mode, messages, tokenizer=None, open=False):
     """Messages [(role, text)] -> Rendered.
 
-    Roles are human and gpt in turn; a first message from gpt is left out, as the original does. open=True: the prompt ends with the header of the answer that is to be generated. The tokenizer is needed for
-    "chat_template" only. ValueError, naming the turn, for what the template cannot say.
+    Roles are human and gpt in turn; a first message from gpt is left out, as the original does. open=True: the prompt
+    ends with the header of the answer that is to be generated. The tokenizer is needed for "chat_template" only.
+    ValueError, naming the turn, for what the template cannot say.
     """
     conv_mode = canonical(conv_mode)
     messages = turns(messages)
@@ -105,8 +107,9 @@ def turns(messages):
     skipped = int(bool(messages) and messages[0][0] == 1)
     for number, (person, _) in enumerate(messages[skipped:]):
         if person != number % 2:
-            raise ValueError(f"two turns of one speaker: turn {number + skipped + 1} is from {('human', 'gpt')[person]} like "
-                             "the one before it; expected human and gpt in turn")
+            who = ("human", "gpt")[person]
+            raise ValueError(f"two turns of one speaker: turn {number + skipped + 1} is from {who} like the one before "
+                             "it; expected human and gpt in turn")
     return messages[skipped:]
 
 
@@ -144,10 +147,10 @@ def _render_two(template, messages, open):
 
 def _render_plain(template, messages, open):
     """Stage 1: the picture and its caption, nothing else. Of the question only the <image> tags remain."""
-    if len(messages) != (1 if open else 2) or IMAGE_TAG not in messages[0][1]:
+    pictures = IMAGE_TAG * messages[0][1].count(IMAGE_TAG) if messages else ""
+    if len(messages) != 2 - open or not pictures:
         raise ValueError(f"not for template plain: it takes one question with an {IMAGE_TAG} tag and one answer; "
-                         f"found {len(messages)} turns, {'with' if messages and IMAGE_TAG in messages[0][1] else 'without'} a tag first")
-    pictures = IMAGE_TAG * messages[0][1].count(IMAGE_TAG)
+                         f"found {len(messages)} turns, {'with' if pictures else 'without'} a tag in the first")
     if open:
         return Rendered(pictures, [])
     prompt = pictures + messages[1][1] + template.sep
@@ -158,36 +161,37 @@ def _render_plain(template, messages, open):
 
 
 def _render_chat(messages, tokenizer, open):
-    """Learned is each assistant message through its end-of-turn token, found by rendering the conversation's beginnings:
-    an answer starts where the prompt that asks for it ends."""
+    """Learned is each answer through its end-of-turn token, found by rendering the conversation's beginnings: an answer
+    starts where the prompt that asks for it ends."""
     if not tokenizer.chat_template:
-        raise ValueError("conversation template chat_template was asked for, but the tokenizer has none; use --version v1")
+        raise ValueError("no chat template: the tokenizer has none; use --version with one of LLaVA's templates")
     prompt = _apply_chat(tokenizer, messages, open)
     learned = []
     for i, (person, _) in enumerate(messages):
         if person == 1:
-            header, answered = _apply_chat(tokenizer, messages[:i], True), _apply_chat(tokenizer, messages[:i + 1], False)
-            if not (prompt.startswith(answered) and answered.startswith(header)):
-                raise ValueError(f"the tokenizer's chat template writes turn {i + 1} differently once more turns follow, "
-                                 "so what is learned cannot be told; use --version with one of LLaVA's templates")
-            learned.append((len(header), len(answered) - len(_end_of_turn(tokenizer)[1])))
+            asked = _apply_chat(tokenizer, messages[:i], True)
+            answered = _apply_chat(tokenizer, messages[:i + 1], False)
+            if not (prompt.startswith(answered) and answered.startswith(asked)):
+                raise ValueError(f"chat template not for training: it writes turn {i + 1} differently once more turns "
+                                 "follow, so nobody can say what is learned; use --version with one of LLaVA's")
+            learned.append((len(asked), len(answered) - len(_end_of_turn(tokenizer)[1])))
     return Rendered(prompt, learned, bos=False)
 
 
 @lru_cache
 def _end_of_turn(tokenizer):
-    """(id of the token that ends an assistant's message, the text that the template writes behind it, e.g. a newline)."""
+    """(id of the token that ends an answer, the text that the template writes behind it, e.g. a newline)."""
     asked = _apply_chat(tokenizer, [(0, "a")], True)
     answer = _apply_chat(tokenizer, [(0, "a"), (1, "b")], False)[len(asked):]
     for token_id, (_, end) in reversed(list(zip(*tokenizer.encode_with_spans(answer, bos=False)))):
         if token_id in tokenizer.special_ids:
             return token_id, answer[end:]
-    raise ValueError(f"the tokenizer's chat template ends an answer with {answer!r}, which holds no special token to stop "
-                     "at; use --version with one of LLaVA's templates")
+    raise ValueError(f"chat template without an end: it writes an answer as {answer!r}, which holds no special token "
+                     "to stop at; use --version with one of LLaVA's templates")
 
 
 def _shows_text(tokenizer):
-    """False for the template of a vision processor, which wants a message as a list of parts and drops a plain text."""
+    """False for a vision processor's template, which wants a message as a list of parts and passes over mere text."""
     return "pumice" in _apply_chat(tokenizer, [(0, "pumice")], True)
 
 
@@ -195,8 +199,9 @@ def _apply_chat(tokenizer, messages, open):
     """Run the Jinja template; ValueError with its own complaint."""
     said = [{"role": ("user", "assistant")[person], "content": text} for person, text in messages]
     try:
-        return _compile(tokenizer.chat_template).render(messages=said, add_generation_prompt=open, **tokenizer.special_tokens)
-    except jinja2.TemplateError as error:
+        template = _compile(tokenizer.chat_template)
+        return template.render(messages=said, add_generation_prompt=open, **tokenizer.special_tokens)
+    except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"the tokenizer's chat template refuses this conversation: {error}") from None
 
 

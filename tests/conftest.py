@@ -62,7 +62,7 @@ def randomized(model):
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.1 * noise if "norm" in name and name.endswith("weight") else
-                            noise * (0.1 if parameter.dim() == 1 else 1.5 * parameter[0].numel() ** -0.5))
+                            noise * (0.1 if parameter.dim() < 2 else 1.5 * parameter[0].numel() ** -0.5))
     return model.eval()
 
 

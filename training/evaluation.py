@@ -57,6 +57,7 @@ class Judge:
     def ask(self, records):
         """Generate an answer to the last question of each record and compare. -> the eval_match fields of a row"""
         asked = [records.question(i) for i in range(min(self.args.eval_generate, len(records)))]
+        asked = [question for question in asked if question is not None]
         scores = {}  # picture -> kind -> [True, False, …]
         answers = []
         longest = 8 + max(len(self.loaded.tokenizer.encode(q.answer)) for q in asked)
@@ -77,7 +78,7 @@ class Judge:
             short = [mean for kind, mean in means.items() if kind not in long] or list(means.values())
             result["eval_match" + ("" if pictures == "true" else f"_{pictures}")] = sum(short) / max(1, len(short))
             if pictures == "true":
-                result["eval_match_by_kind"] = means
+                result["eval_match_by_kind"] = {kind or "answers": mean for kind, mean in means.items()}
         return result | {"eval_answers": answers}
 
     def show(self, asked, pictures):
@@ -105,6 +106,6 @@ def line(row):
     if "eval_match" in row:
         meters = [f"{name} {row[key]:.3f}" for name, key in
                   (("true", "eval_match"), ("shuffled", "eval_match_shuffled"), ("blank", "eval_match_blank")) if key in row]
-        kinds = [f"{kind} {value:.2f}" for kind, value in sorted(row["eval_match_by_kind"].items(), key=str)]
-        parts += ["sight: " + "  ".join(meters), "by kind: " + "  ".join(kinds)]
+        kinds = [f"{kind} {value:.2f}" for kind, value in row["eval_match_by_kind"].items()]
+        parts += ["sight: " + "  ".join(meters)] + ["by kind: " + "  ".join(kinds)] * (len(kinds) > 1)
     return "  |  ".join(parts) + f"  ({row['eval_seconds']:.1f} s)"
