@@ -29,9 +29,11 @@ import torch
 
 from formats import command, layouts, templates
 from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig
-from tokenizer import IMAGE_TAG, TextStream, Tokenizer  # noqa: F401
+from tokenizer import IMAGE_TAG, Tokenizer
 from vision import open_picture
 from weights import find_folder, read_json
+
+EMPTY_ANSWER = "empty answer"
 
 
 @dataclass
@@ -140,7 +142,7 @@ def messages_of(record):
     if messages[-1][0] == "human":
         notes.append("last turn from human: it has no answer to learn")
     if any(role == "gpt" and not text for role, text in messages):
-        notes.append("empty answer")
+        notes.append(EMPTY_ANSWER)
     return messages, image, notes
 
 
@@ -356,7 +358,7 @@ class Records:
         """Note what is odd about a record; ValueError if nothing can be learned from it or its picture is missing."""
         rendered, pictures, notes = compose(record, self.conv_mode, self.loaded.tokenizer,
                                             self.loaded.config.mm_use_im_start_end)
-        check_record(rendered.learned or "empty answer" in notes, pictures, self.image_folder)
+        check_record(rendered.learned, pictures, notes, self.image_folder)
         if pictures and self.loaded.image_processor is None:
             raise ValueError("picture without a tower: the model sees no pictures; give --vision_tower")
         for note in notes:
@@ -385,9 +387,10 @@ class Records:
                         [os.path.join(self.image_folder, name) for name in images], messages[last][1])
 
 
-def check_record(learned, pictures, image_folder):
-    """ValueError if a record has no stretch to learn or a picture of it does not exist."""
-    if not learned:
+def check_record(learned, pictures, notes, image_folder):
+    """ValueError if a record has nothing to learn or a picture of it does not exist. A record whose answers are empty
+    passes: the original trains with it (and learns nothing), and so the order of the others stays the original's."""
+    if not learned and EMPTY_ANSWER not in notes:
         raise ValueError("nothing to learn: it has no answer; add one or leave the record out")
     for path in (os.path.join(image_folder, name) for name in pictures or []):
         if not os.path.isfile(path):
@@ -495,7 +498,7 @@ def check(args):
         record_id = str(record["id"])
         try:
             example = render_record(record, tokenizer, conv_mode, config.mm_use_im_start_end, limit)
-            check_record(example.learned or "empty answer" in example.notes, example.pictures, args.image_folder)
+            check_record(example.learned, example.pictures, example.notes, args.image_folder)
         except ValueError as error:
             errors.setdefault(_kind(error), []).append(record_id)
             continue
