@@ -33,6 +33,7 @@ from tokenizer import IMAGE_TAG, Tokenizer
 from vision import open_picture
 from weights import find_folder, read_json
 
+START_END = ("<im_start>", "<im_end>")  # around a picture's place, with mm_use_im_start_end
 EMPTY_ANSWER = "empty answer"
 
 
@@ -158,9 +159,9 @@ def compose(record, conv_mode, tokenizer, mm_use_im_start_end=False):
     record, where an <image> is mere text."""
     messages, image, notes = messages_of(record)
     if image is not None and mm_use_im_start_end:
-        if tokenizer.token_to_id("<im_start>") is None:
+        if None in map(tokenizer.token_to_id, START_END):
             raise ValueError("mm_use_im_start_end needs a tokenizer with the tokens <im_start> and <im_end>")
-        messages = [(role, text.replace(IMAGE_TAG, f"<im_start>{IMAGE_TAG}<im_end>")) for role, text in messages]
+        messages = [(role, text.replace(IMAGE_TAG, IMAGE_TAG.join(START_END))) for role, text in messages]
     if image is None and conv_mode == "plain":
         raise ValueError("not for template plain: it takes pictures with captions, and this record has no `image`")
     rendered = templates.render(conv_mode, messages, tokenizer)
@@ -257,19 +258,20 @@ def pack(examples, config, model_max_length=None):
         torch.cat(pixels) if pixels else torch.zeros(0, 3, size, size), [example.id for example in examples], notes)
 
 
-def load_pictures(example, loaded, image_folder="", exif=False):
+def load_pictures(example, image_processor, aspect, image_folder="", exif=False):
     """Open the example's pictures and put their pixels into it (each file once, however often it is shown)."""
-    if not example.pictures:
-        return example
-    if loaded.image_processor is None:
-        raise ValueError("a picture, but the model has no vision tower; give --vision_tower")
-    pixels = {}
-    for name in example.pictures:
-        if name not in pixels:
-            picture = open_picture(os.path.join(image_folder, name), exif)
-            pixels[name] = loaded.image_processor(picture, loaded.config.image_aspect_ratio)  # (1, 3, S, S)
-    example.pixel_values = torch.cat([pixels[name] for name in example.pictures])  # (P, 3, S, S)
+    if example.pictures:
+        check_tower(image_processor)
+        pixels = {name: image_processor(open_picture(os.path.join(image_folder, name), exif), aspect)  # (1, 3, S, S)
+                  for name in dict.fromkeys(example.pictures)}
+        example.pixel_values = torch.cat([pixels[name] for name in example.pictures])  # (P, 3, S, S)
     return example
+
+
+def check_tower(image_processor):
+    """ValueError if there is nothing to look at a picture with."""
+    if image_processor is None:
+        raise ValueError("picture without a tower: this model sees no pictures; give --vision_tower")
 
 
 def collate(records, loaded, image_folder="", conv_mode=None, model_max_length=None, exif=False):
@@ -281,7 +283,8 @@ def collate(records, loaded, image_folder="", conv_mode=None, model_max_length=N
         try:
             example = render_record(record, loaded.tokenizer, conv_mode or loaded.conv_mode,
                                     loaded.config.mm_use_im_start_end, model_max_length)
-            examples.append(load_pictures(example, loaded, image_folder, exif))
+            examples.append(load_pictures(
+                example, loaded.image_processor, loaded.config.image_aspect_ratio, image_folder, exif))
         except ValueError as error:
             raise ValueError(f"record {record['id']!r}: {error}") from None
     return pack(examples, loaded.config, model_max_length)
@@ -311,7 +314,9 @@ class Records:
 
     def __init__(self, paths, image_folder, loaded, conv_mode=None, model_max_length=None, on_bad_record="stop",
                  exif=False):
-        self.image_folder, self.loaded, self.exif = image_folder or "", loaded, exif
+        # Not `loaded` itself: a DataLoader's workers may get a copy of this object, and the model is large.
+        self.tokenizer, self.image_processor, self.config = loaded.tokenizer, loaded.image_processor, loaded.config
+        self.image_folder, self.exif = image_folder or "", exif
         self.conv_mode = templates.canonical(conv_mode or loaded.conv_mode)
         self.model_max_length = model_max_length or loaded.config.tokenizer_model_max_length
         self.skip = on_bad_record == "skip"
@@ -335,11 +340,12 @@ class Records:
     def __getitem__(self, i):
         example = self.render(self.records[i])
         try:
-            return load_pictures(example, self.loaded, self.image_folder, self.exif)
+            return load_pictures(
+                example, self.image_processor, self.config.image_aspect_ratio, self.image_folder, self.exif)
         except ValueError as error:
             if not self.skip:
                 raise ValueError(f"record {example.id!r}: {error}") from None
-            size = self.loaded.config.vision.image_size
+            size = self.config.vision.image_size
             example.pixel_values = torch.zeros(len(example.pictures), 3, size, size)
             example.labels = [IGNORE_INDEX] * len(example.ids)
             example.notes.append("broken picture: nothing is learned from it")
@@ -347,20 +353,19 @@ class Records:
 
     def pack(self, examples):
         """Examples -> Batch, cut at model_max_length."""
-        return pack(examples, self.loaded.config, self.model_max_length)
+        return pack(examples, self.config, self.model_max_length)
 
     def render(self, record):
         """One record -> Example without pixels."""
-        return render_record(record, self.loaded.tokenizer, self.conv_mode, self.loaded.config.mm_use_im_start_end,
+        return render_record(record, self.tokenizer, self.conv_mode, self.config.mm_use_im_start_end,
                              self.model_max_length)
 
     def examine(self, record):
         """Note what is odd about a record; ValueError if nothing can be learned from it or its picture is missing."""
-        rendered, pictures, notes = compose(record, self.conv_mode, self.loaded.tokenizer,
-                                            self.loaded.config.mm_use_im_start_end)
+        rendered, pictures, notes = compose(record, self.conv_mode, self.tokenizer, self.config.mm_use_im_start_end)
         check_record(rendered.learned, pictures, notes, self.image_folder)
-        if pictures and self.loaded.image_processor is None:
-            raise ValueError("picture without a tower: the model sees no pictures; give --vision_tower")
+        if pictures:
+            check_tower(self.image_processor)
         for note in notes:
             self.note(note, str(record["id"]))
 
@@ -442,12 +447,12 @@ def main():
 def read_model(args):
     """The parts of a model that text needs, without its weights -> (tokenizer, conv_mode, LlavaConfig)."""
     folder = find_folder(args.model_name_or_path)
-    tokenizer = Tokenizer.from_folder(folder)
     path = Path(folder) / "config.json"
     config = layouts.read_config(read_json(path), (), folder) if path.exists() else LlavaConfig()
     config.conv_mode = args.version or config.conv_mode
     if args.mm_use_im_start_end is not None:
         config.mm_use_im_start_end = args.mm_use_im_start_end
+    tokenizer = Tokenizer.from_folder(folder, START_END if config.mm_use_im_start_end else ())
     config.tokenizer_model_max_length = args.model_max_length or config.tokenizer_model_max_length
     return tokenizer, templates.canonical(templates.resolve_conv_mode(config, tokenizer)), config
 

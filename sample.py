@@ -87,7 +87,8 @@ def _generate_batch(loaded, requests, on_token):
     batch = data.pack(prompts, loaded.config).to(embedding.device)
     lengths = batch.cu_seqlens.diff().tolist()
     room = [_room(loaded, length, request) for length, request in zip(lengths, requests)]
-    cache = Cache(loaded.config.text, len(requests), max(map(sum, zip(lengths, room))), embedding.dtype, embedding.device)
+    capacity = max(lengths) + max(room)  # an ended request goes on beside the others until it leaves
+    cache = Cache(loaded.config.text, len(requests), capacity, embedding.dtype, embedding.device)
     answers = [Growing(loaded, request, embedding.device, limit) for request, limit in zip(requests, room)]
     rows = list(range(len(requests)))  # which answer each row of the cache belongs to
     logits = loaded.model.last_logits(batch, cache)  # (B, V)
@@ -268,6 +269,12 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.adapter:
         raise ValueError("--adapter is not built yet; merge the adapter into its base first")
+    if args.prompt is None and (args.json or args.attention):
+        raise ValueError(f"--{'json' if args.json else 'attention'} goes with one question, not with a chat; give --prompt")
+    if args.attention and not args.image:
+        raise ValueError("--attention needs a picture: give one with --image")
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens {args.max_new_tokens} is too small; it is 1 or more")
     for image in args.image:
         open_picture(image)  # a wrong path is better known before a large model is loaded
     loaded = load(args.model_name_or_path, dtype=args.dtype, device=args.device, bits=args.bits, model_base=args.model_base,
@@ -337,8 +344,6 @@ def stream(loaded, request, quiet=False):
 
 def show_attention(loaded, request, answer, args):
     """Write the sheet of pictures with lit patches; on a terminal, show it there as well."""
-    if not request.images:
-        raise ValueError("--attention needs a picture: give one with --image")
     maps = picture_attention(loaded, request, answer)
     sheets = [light_up(loaded, image, attention) for image, attention in zip(request.images, maps)]
     page = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)))

@@ -38,7 +38,7 @@ class Tokenizer:
     """
 
     def __init__(self, spec, config, folder_files):
-        """spec: tokenizer.json, config: tokenizer_config.json with all extra tokens under added_tokens_decoder."""
+        """spec: tokenizer.json with all added tokens, config: tokenizer_config.json, as `from_folder` prepares them."""
         self.folder_files = folder_files
         self.legacy = config.get("legacy") in (None, True)
         self.chat_template = config.get("chat_template")
@@ -51,20 +51,27 @@ class Tokenizer:
         self._is_llama = _is_llama(spec)
         if self._is_llama:
             spec.update(normalizer=None, pre_tokenizer=None, post_processor=None)
-            self.special_tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | self.special_tokens
         spec.update(truncation=None, padding=None)
         self._library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        for token in added.values():  # the library numbers them itself, in the order of the ids
+            if self.token_to_id(token["content"]) != token["id"]:
+                raise ValueError(f"{folder_files['tokenizer.json'].parent}: the tokenizer's added token "
+                                 f"{token['content']!r} has id {token['id']}; expected ids without a gap")
         self._added = {content: token["id"] for content, token in added.items()}
         self._split = re.compile("|".join(_pattern(added[c]) for c in sorted(added, key=len, reverse=True)) or r"(?!)")
-        self._named = {*self.special_tokens.values(), *map(_content, config.get("additional_special_tokens") or [])}
+        self._named = {*self.special_tokens.values(), *map(_content, config["additional_special_tokens"])}
         for name in NAMES:
             setattr(self, f"{name}_id", self.token_to_id(self.special_tokens.get(name, "")))
         adds_bos = config.get("add_bos_token") is not False if self._is_llama else bool(self._library.encode("").ids)
         self.adds_bos = adds_bos and self.bos_token_id is not None
 
     @classmethod
-    def from_folder(cls, folder):
-        """Read a folder's tokenizer files; ValueError if tokenizer.json is missing or no tokenizer.json."""
+    def from_folder(cls, folder, extra_tokens=()):
+        """Read a folder's tokenizer files; ValueError if tokenizer.json is missing or no tokenizer.json.
+
+        extra_tokens: special tokens that get the next ids where the folder has none of the name, as the original adds
+        <im_start> and <im_end> before training (LLAVA.md 1.4).
+        """
         folder = Path(folder)
         files = {name: folder / name for name in FILES if (folder / name).is_file()}
         if "tokenizer.json" not in files:
@@ -82,7 +89,10 @@ class Tokenizer:
             config["chat_template"] = files["chat_template.jinja"].read_text(encoding="utf-8")
         elif isinstance(config.get("chat_template"), list):  # several, named
             config["chat_template"] = {t["name"]: t["template"] for t in config["chat_template"]}.get("default")
-        _add_tokens(spec, config, _read_json(files["added_tokens.json"]) if "added_tokens.json" in files else {})
+        if _is_llama(spec):
+            config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | config
+        listed = _read_json(files["added_tokens.json"]) if "added_tokens.json" in files else {}
+        _add_tokens(spec, config, listed, extra_tokens)
         return cls(spec, config, files)
 
     def __len__(self):
@@ -171,18 +181,20 @@ def _is_llama(spec):
     return spec["model"].get("type") == "BPE" and bool(spec["model"].get("byte_fallback")) and prefixed
 
 
-def _add_tokens(spec, config, extra):
-    """Put the tokens that only tokenizer_config.json or added_tokens.json knows into tokenizer.json's own list."""
-    tokens = {token["content"]: token for token in spec.setdefault("added_tokens", [])}
+def _add_tokens(spec, config, listed, extra):
+    """Put tokens that only tokenizer_config.json or added_tokens.json (`listed`) knows, and new ones (`extra`), into
+    tokenizer.json's own list."""
+    tokens = {token["content"]: token for token in spec.get("added_tokens", [])}
     for token_id, token in config.get("added_tokens_decoder", {}).items():
         tokens.setdefault(token["content"], {"id": int(token_id), **token})
-    for content, token_id in extra.items():
-        tokens.setdefault(content, {"id": token_id, "content": content, "special": True})
     vocabulary = _vocabulary(spec)
-    for name in NAMES:  # slow tokenizers split at their named tokens, listed or not
-        content = _content(config.get(name) or "")
-        if content in vocabulary:
-            tokens.setdefault(content, {"id": vocabulary[content], "content": content, "special": True})
+    named = {_content(config[name]) for name in NAMES if config.get(name)}  # slow tokenizers split at these anyway
+    for content, token_id in (listed | {content: vocabulary[content] for content in named & vocabulary.keys()}).items():
+        tokens.setdefault(content, {"id": token_id, "content": content, "special": True})
+    new = [content for content in extra if content not in tokens]
+    size = 1 + max([*vocabulary.values(), *(token["id"] for token in tokens.values())])
+    tokens |= {content: {"id": size + i, "content": content, "special": True} for i, content in enumerate(new)}
+    config["additional_special_tokens"] = [*config.get("additional_special_tokens", []), *new]
     manners = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     spec["added_tokens"] = sorted((manners | token for token in tokens.values()), key=lambda token: token["id"])
 

@@ -33,9 +33,13 @@ def main(argv=None):
     """Flags -> model -> data -> the loop -> a folder that sample.py and transformers load."""
     args = flags.parse(argv)
     device, mesh = start_distributed(args)
-    interrupted = run(args, device, mesh)
-    stop_distributed()
-    return 130 if interrupted else 0
+    try:
+        interrupted = run(args, device, mesh)
+        dist.barrier()  # rank 0 may still be writing
+        return 130 if interrupted else 0
+    finally:
+        gc.collect()  # what is sharded must be gone before the group is, or gloo may abort the process at exit
+        dist.destroy_process_group()
 
 
 def run(args, device, mesh):
@@ -54,7 +58,7 @@ def run(args, device, mesh):
     loop.save()
     if records.report():
         say(records.report())
-    return loop.interrupted
+    return loop.stopped
 
 
 # --------------------------------------------------------------------------------------------------------- preparation
@@ -75,13 +79,6 @@ def start_distributed(args):
     return device, init_device_mesh(device.type, (dist.get_world_size(),))
 
 
-def stop_distributed():
-    """Leave the group. What is sharded must be gone before, or gloo may abort the process at exit."""
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def prepare_output_dir(args):
     """Refuse to write over a finished run, and find out now, not after hours, whether the folder can be written."""
     if os.path.exists(os.path.join(args.output_dir, "config.json")) and not args.overwrite_output_dir:
@@ -98,7 +95,7 @@ def build_model(args, device):
         args.model_name_or_path, dtype="float32", device=device, vision_tower=args.vision_tower,
         pretrain_mm_mlp_adapter=args.pretrain_mm_mlp_adapter, mm_projector_type=args.mm_projector_type,
         mm_vision_select_layer=args.mm_vision_select_layer, mm_vision_select_feature=args.mm_vision_select_feature,
-        image_aspect_ratio=args.image_aspect_ratio, projector_seed=args.seed)
+        image_aspect_ratio=args.image_aspect_ratio, mm_use_im_start_end=args.mm_use_im_start_end, projector_seed=args.seed)
     model = loaded.model.requires_grad_(False)
     if model.mm_projector is not None and not args.freeze_mm_mlp_adapter:
         model.mm_projector.requires_grad_(True)
@@ -174,10 +171,7 @@ def learning_rate_factor(step, total, args):
         return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
     if args.lr_scheduler_type == "linear":
         return max(0.0, 1 - progress)
-    if args.lr_scheduler_type == "constant_with_warmup":
-        return 1.0
-    raise ValueError(f"--lr_scheduler_type {args.lr_scheduler_type} is not known; use cosine, linear, constant or "
-                     "constant_with_warmup")
+    return 1.0  # constant_with_warmup
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -189,14 +183,15 @@ class Loop:
     def __init__(self, args, loaded, records, order, optimizer, judge, mesh, device, say):
         self.args, self.loaded, self.model, self.records, self.order = args, loaded, loaded.model, records, order
         self.optimizer, self.judge, self.mesh, self.device, self.say = optimizer, judge, mesh, device, say
-        per_epoch = max(1, len(order) // args.gradient_accumulation_steps)
+        self.accumulate = min(args.gradient_accumulation_steps, len(order))  # a step never needs more than one epoch
+        per_epoch = len(order) // self.accumulate
         self.total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
         self.epochs = math.ceil(self.total / per_epoch)
-        self.step, self.interrupted, self.log, self.started = 0, False, None, time.perf_counter()
+        self.step, self.interrupted, self.stopped, self.log, self.started = 0, False, False, None, time.perf_counter()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * mesh.size()
+        batch = args.per_device_train_batch_size * self.accumulate * mesh.size()
         say(f"{len(records):,} records, template {records.conv_mode}; {self.total} steps of {batch} records "
-            f"({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x {mesh.size()} ranks), "
+            f"({args.per_device_train_batch_size} x {self.accumulate} accumulated x {mesh.size()} ranks), "
             f"{self.total / per_epoch:.2f} epochs, {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed}")
 
     def run(self):
@@ -208,15 +203,16 @@ class Loop:
             accumulated, began = [], time.perf_counter()
             for micro_batch, epoch in self.micro_batches():
                 accumulated.append(self.forward_backward(micro_batch))
-                if len(accumulated) < self.args.gradient_accumulation_steps:
+                if len(accumulated) < self.accumulate:
                     continue
                 self.report(self.optimizer_step(accumulated, epoch, began))
-                if self.interrupted or self.step == self.total:
+                self.stopped = self.total_of([self.interrupted]) > 0  # Ctrl-C may reach the ranks in different steps
+                if self.stopped or self.step == self.total:
                     break
                 if self.due_for_evaluation():
                     self.evaluate()
                 accumulated, began = [], time.perf_counter()
-            if not self.interrupted:
+            if not self.stopped:
                 self.evaluate()
         signal.signal(signal.SIGINT, previous)
 
@@ -233,11 +229,14 @@ class Loop:
 
     def forward_backward(self, batch):
         """Add the batch's gradient; -> (loss, learned tokens, tokens, record ids)."""
-        loss = self.model.loss(batch)
+        loss, learned = self.model.loss(batch), int((batch.labels != IGNORE_INDEX).sum())
+        if not learned:  # all was cut away or broken, as was reported: the mean over nothing is no number
+            loss = loss.nan_to_num(0.0)
         if not torch.isfinite(loss):
-            raise ValueError(f"step {self.step + 1}: the loss is {loss.item()}; records {', '.join(batch.ids)}")
-        (loss / self.args.gradient_accumulation_steps).backward()
-        return loss.detach(), int((batch.labels != IGNORE_INDEX).sum()), len(batch.input_ids), batch.ids
+            raise ValueError(f"step {self.step + 1}: the loss is {loss.item()} on records {', '.join(batch.ids)}; try a "
+                             "lower --learning_rate, or look for what is odd about these records")
+        (loss / self.accumulate).backward()
+        return loss.detach(), learned, len(batch.input_ids), batch.ids
 
     def optimizer_step(self, accumulated, epoch, began):
         """Clip, step, and describe the step: the row of log.jsonl."""
@@ -253,7 +252,7 @@ class Loop:
         loss = self.mean([x[0] for x in accumulated])
         learned, tokens = (self.total_of([x[k] for x in accumulated]) for k in (1, 2))
         rates = [self.args.learning_rate * factor]
-        if self.args.mm_projector_lr is not None:
+        if self.args.mm_projector_lr not in (None, self.args.learning_rate):
             rates.append(self.args.mm_projector_lr * factor)
         seconds = time.perf_counter() - began
         row = {"step": self.step, "epoch": round(epoch, 6), "loss": loss, "grad_norm": norm,
@@ -329,7 +328,7 @@ class Loop:
                 weights.save_projector(self.loaded, self.args.output_dir, tensors)
             if not self.args.save_projector_only:
                 weights.save(self.loaded, self.args.output_dir, tensors=tensors)
-        state = f"stopped after step {self.step} of {self.total}" if self.interrupted else f"{self.step} steps"
+        state = f"stopped after step {self.step} of {self.total}" if self.stopped else f"{self.step} steps"
         self.say(f"{state} in {duration(time.perf_counter() - self.started)}; written to {self.args.output_dir}")
 
 

@@ -35,7 +35,8 @@ from projector import build_projector
 from tokenizer import Tokenizer
 from vision import ImageProcessor
 
-WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors",  # the first that exists is read
+                "pytorch_model.bin.index.json", "pytorch_model.bin")
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 SHARD_BYTES = 5e9  # of one file that we write
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"  # (V, D)
@@ -59,7 +60,7 @@ def read_tensors(path):
         raise ValueError(f"{path} is missing; download or copy the folder again") from None
     except Exception as error:  # SafetensorError, UnpicklingError, EOFError, RuntimeError: all mean a file to replace
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read, it is truncated or no weight file ({reason}); copy it again") from None
+        raise ValueError(f"{path} is truncated or no weight file ({reason}); copy it again") from None
 
 
 def read_json(path):
@@ -95,15 +96,15 @@ class Checkpoint:
             if what := layouts.unused(name):
                 self.unused.append(what)
             elif ours is None:
-                raise ValueError(f"{file}: tensor {name!r} belongs to no layout that is known (LLaMA, CLIP, LLaVA, llava-hf)")
+                raise ValueError(f"{file}: tensor {name!r} is in no known layout (LLaMA, CLIP, LLaVA, llava-hf)")
             elif ours in self.tensors:
-                raise ValueError(f"{file}: tensor {name!r} comes a second time in {self.path}, under this or another name")
+                raise ValueError(f"{file}: tensor {name!r} comes a second time, under this or another name")
             else:
                 self.tensors[ours] = tensor
 
 
 def open_checkpoint(path_or_hub_id):
-    """A local folder or a Hugging Face id -> Checkpoint. Safetensors come before .bin, indexed shards before one file."""
+    """A local folder or a Hugging Face id -> Checkpoint, shards together; .safetensors go before .bin."""
     folder = find_folder(path_or_hub_id)
     checkpoint = Checkpoint(folder, read_json(folder / "config.json"))
     name = next((name for name in WEIGHT_FILES if (folder / name).exists()), None)
@@ -143,7 +144,7 @@ def find_folder(path_or_hub_id):
         return folder
     except Exception as error:  # no network, no such repository, no access: huggingface_hub has a class for each
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path_or_hub_id} is no folder here, and downloading it from Hugging Face failed: {reason}") from None
+        raise ValueError(f"{path_or_hub_id} is no folder here, and no download from Hugging Face: {reason}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -194,9 +195,10 @@ def load(path_or_hub_id, dtype="auto", device="auto", bits=16, model_base=None, 
 
     path_or_hub_id: a folder in any layout of formats/layouts.py, or a Hugging Face id. dtype: auto, a name, a
     torch.dtype, or `stored`. model_base: the language model of a folder that holds only a projector. vision_tower: a
-    CLIP folder or id that takes the place of the folder's own. pretrain_mm_mlp_adapter: mm_projector.bin, a .safetensors
-    or a folder with one. A new projector is made only where none is found and `mm_projector_type` or `projector_seed`
-    asks for one. settings: fields of LlavaConfig (conv_mode, …) that go before the checkpoint's; None is not given.
+    CLIP folder or id that takes the place of the folder's own. pretrain_mm_mlp_adapter: mm_projector.bin, a
+    .safetensors, or a folder with one. A new projector is made only where none is found and `mm_projector_type` or
+    `projector_seed` asks for one. settings: fields of LlavaConfig (conv_mode, …) that go before the checkpoint's; None
+    is not given.
     ValueError for everything that does not fit.
     """
     if bits != 16:
@@ -240,12 +242,12 @@ def find_language_model(given, model_base):
     """The checkpoint that holds the LLM: `given` itself, or model_base where `given` is a projector alone."""
     if any(name.startswith("language_model.model.layers.") for name in given.tensors):
         if model_base:
-            raise ValueError(f"{given.path} is a whole model; --model_base goes with a folder that holds a projector only")
+            raise ValueError(f"{given.path} is a whole model; --model_base goes with a folder that is only a projector")
         return given
     if given.part("vision_tower"):
         raise ValueError(f"{given.path} is a vision tower without a language model; give it as --vision_tower")
     if not model_base:
-        raise ValueError(f"{given.path} holds a projector only; name the language model it belongs to with --model_base")
+        raise ValueError(f"{given.path} holds only a projector; name its language model with --model_base")
     return find_language_model(open_checkpoint(model_base), None)
 
 
@@ -261,7 +263,7 @@ def find_tower(given, config, vision_tower):
     if vision_tower is None and own and (trained or not named or not Path(named).is_dir()):
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         return given, named or str(given.path), config.vision or layouts.vision_config_of_shapes(shapes)
-    if vision_tower is None and not given.part("mm_projector"):
+    if vision_tower is None and not given.part("mm_projector") and given.config.get("mm_projector_type") != "identity":
         return None, None, None
     name = vision_tower or named
     if name is None:
@@ -272,8 +274,8 @@ def find_tower(given, config, vision_tower):
     if before is None and vision_tower and named and Path(named).is_dir():
         before = layouts.read_vision_config(read_json(Path(named) / "config.json"), named)
     if before and before.num_patches != vision.num_patches:
-        say(f"WARNING: {given.path} was trained with pictures of {before.image_size} pixels, {before.num_patches} tokens "
-            f"each; the vision tower {name} takes {vision.image_size} pixels, {vision.num_patches} tokens each")
+        say(f"WARNING: {given.path} knows pictures of {before.image_size} pixels, {before.num_patches} tokens each; "
+            f"the vision tower {name} takes {vision.image_size} pixels, {vision.num_patches} tokens each")
     return tower, str(name), vision
 
 
@@ -302,8 +304,8 @@ def find_projector(given, config, adapter, kind):
     for width, wanted, what in ((widths[0], config.vision.hidden_size, "the vision tower's"),
                                 (widths[1], config.text.hidden_size, "the language model's")):
         if width != wanted:
-            raise ValueError(f"the projector of {source.path} maps width {widths[0]} to {widths[1]}, but {what} width is "
-                             f"{wanted}; use parts that belong together")
+            raise ValueError(f"the projector of {source.path} maps width {widths[0]} to {widths[1]}, but {what} width "
+                             f"is {wanted}; use parts that belong together")
     return source, tensors
 
 
@@ -321,12 +323,12 @@ def open_projector(path):
 def new_mm_projector(given, config, kind, seed):
     """An untrained projector with torch's own initialisation, as the original's -> ({our name: tensor}, its type)."""
     if kind is None and seed is None:
-        raise ValueError(f"{given.path} has no projector; give one with --pretrain_mm_mlp_adapter (training makes a new one)")
+        raise ValueError(f"{given.path} has no projector; give one with --pretrain_mm_mlp_adapter, or train one")
     kind = kind or "linear"
     with torch.random.fork_rng(devices=[]):
         torch.seed() if seed is None else torch.manual_seed(seed)
         module = build_projector(kind, config.vision.hidden_size, config.text.hidden_size)
-    say(f"{given.path} has no projector: a new {kind} one is made, untrained, from {'no seed' if seed is None else f'seed {seed}'}")
+    say(f"{given.path} has no projector: a new {kind} one is made, untrained, from seed {seed}")
     return {f"mm_projector.{name}": tensor for name, tensor in module.state_dict().items()}, kind
 
 
@@ -348,7 +350,7 @@ def fill(model, tensors, dtype, device, where):
     complaints = [f"{name} is missing" for name in sorted(parameters.keys() - tensors.keys())]
     complaints += [f"{name} has no place in this model" for name in sorted(tensors.keys() - parameters.keys())]
     complaints += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(parameters[name].shape)}"
-                   for name in sorted(parameters.keys() & tensors.keys()) if tensors[name].shape != parameters[name].shape]
+                   for name in parameters if name in tensors and tensors[name].shape != parameters[name].shape]
     if complaints:
         more = f" and {len(complaints) - 12} more" if len(complaints) > 12 else ""
         raise ValueError(f"{where}: config.json and weights do not agree: {'; '.join(complaints[:12])}{more}")
@@ -367,7 +369,7 @@ def find_tokenizer(folder):
 
 
 def find_image_processor(folder, config):
-    """The tower's ImageProcessor, from preprocessor_config.json or from inside transformers 5's processor_config.json."""
+    """The tower's ImageProcessor, from preprocessor_config.json or (transformers 5) inside processor_config.json."""
     side, values = config.vision.image_size, {}
     if (folder / "preprocessor_config.json").exists():
         values = read_json(folder / "preprocessor_config.json")
@@ -375,13 +377,13 @@ def find_image_processor(folder, config):
         values = read_json(folder / "processor_config.json").get("image_processor", {})
     processor = ImageProcessor.from_dict(values or {"size": side})
     if processor.crop_size != side:
-        say(f"WARNING: {folder} prepares pictures of {processor.crop_size} pixels, but the tower takes {side}: {side} it is")
+        say(f"WARNING: {folder} makes pictures of {processor.crop_size} pixels, its tower takes {side}: {side} it is")
         processor = replace(processor, crop_size=side, shortest_edge=side)
     return processor
 
 
 def count_unused(sources, given, spare):
-    """-> {what: number of tensors} that the files hold and the model does not: by kind, and parts that were replaced."""
+    """-> {what: number of tensors} that the files hold and the model does not: known kinds and replaced parts."""
     checkpoints = {id(checkpoint): checkpoint for checkpoint in (given, *sources.values()) if checkpoint}.values()
     counts = Counter(what for checkpoint in checkpoints for what in checkpoint.unused)
     for name in spare:
@@ -423,36 +425,54 @@ def save(loaded, folder, layout="auto", tensors=None, dtype=None):
     tensors = dict(loaded.model.state_dict() if tensors is None else tensors)
     if config.text.tie_word_embeddings:
         tensors.pop(HEAD, None)
-    kind = dtype or tensors[EMBEDDING].dtype
-    spare = {name: tensor.to(kind) for name, tensor in loaded.spare.items()}
-    tensors = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in (tensors | spare).items()}
-    kind = str(kind).removeprefix("torch.")
-    files = {name: path.read_bytes() for name, path in (loaded.tokenizer.folder_files if loaded.tokenizer else {}).items()}
-    special = {key: getattr(config.text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    generation = {key: value for key, value in special.items() if value is not None}
-    if config.vision is not None:
+    stored = dtype or tensors[EMBEDDING].dtype
+    tensors |= {name: tensor.to(stored) for name, tensor in loaded.spare.items()}
+    tensors = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+    stored = str(stored).removeprefix("torch.")
+
+    copied = loaded.tokenizer.folder_files if loaded.tokenizer else {}
+    files = {name: path.read_bytes() for name, path in copied.items()}
+    ids = {key: getattr(config.text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    files["generation_config.json"] = {key: value for key, value in ids.items() if value is not None}
+    if config.vision is None:
+        files["config.json"] = layouts.llama_config(config, stored)
+    else:
         files["preprocessor_config.json"] = processor.preprocessor_config(loaded.image_processor, config)
     if layout == "llava-hf":
-        vocabulary = config.text.vocab_size
-        image_token_id = processor.add_image_token(files, len(loaded.tokenizer) if loaded.tokenizer else vocabulary)
-        rows = vocabulary if image_token_id < vocabulary else -(-(image_token_id + 1) // 64) * 64
-        for name in {EMBEDDING, HEAD} & tensors.keys():
-            tensors[name] = pad_rows(tensors[name], rows)
-        if rows > vocabulary:
-            generation["suppress_tokens"] = list(range(vocabulary, rows))
-        files["config.json"] = layouts.llava_hf_config(config, loaded.tower, kind, image_token_id, rows)
+        image_token_id, rows = make_room_for_image_token(files, tensors, loaded.tokenizer)
+        files["config.json"] = layouts.llava_hf_config(config, loaded.tower, stored, image_token_id, rows)
         files["processor_config.json"] = processor.processor_config(config)
-        if "chat_template.jinja" not in files and (template := processor.chat_template(loaded.conv_mode)):
+        if template := processor.chat_template(config.conv_mode, loaded.tokenizer):
             files["chat_template.jinja"] = template.encode()
     elif config.vision is not None:
-        files["config.json"] = layouts.llava_config(config, loaded.tower, kind) | {"unfreeze_mm_vision_tower": True}
-    else:
-        files["config.json"] = layouts.llama_config(config, kind)
-    files["generation_config.json"] = generation
+        rows = processor.remove_image_token(files) or config.text.vocab_size
+        for name in {EMBEDDING, HEAD} & tensors.keys():
+            tensors[name] = tensors[name][:rows]
+        config = replace(config, text=replace(config.text, vocab_size=rows))
+        files["config.json"] = layouts.llava_config(config, loaded.tower, stored) | {"unfreeze_mm_vision_tower": True}
     with whole_folder(folder) as temporary:
         write_shards(temporary, {layouts.file_name(name, layout): tensor for name, tensor in tensors.items()})
         write_files(temporary, files)
-    say(f"written to {folder}: {'plain LLaMA' if config.vision is None else layout} layout, {kind}")
+    say(f"written to {folder}: {'plain LLaMA' if config.vision is None else layout} layout, {stored}")
+
+
+def make_room_for_image_token(files, tensors, tokenizer):
+    """llava-hf looks `<image>` up before it puts the features there: give it an id and the vocabulary a row for it.
+
+    Changes files and tensors in place -> (id of `<image>`, rows). Rows are added up to a multiple of 64, as published,
+    all the mean of the others, so that none ever scores best; generation_config.json suppresses them besides.
+    """
+    vocabulary = len(tensors[EMBEDDING])
+    image_token_id = processor.add_image_token(files, len(tokenizer) if tokenizer else vocabulary)
+    if image_token_id < vocabulary:
+        return image_token_id, vocabulary
+    rows = -(-(image_token_id + 1) // 64) * 64
+    for name in {EMBEDDING, HEAD} & tensors.keys():
+        weight = tensors[name]
+        mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+        tensors[name] = torch.cat([weight, mean.expand(rows - vocabulary, -1)])  # (rows, D)
+    files["generation_config.json"]["suppress_tokens"] = list(range(vocabulary, rows))
+    return image_token_id, rows
 
 
 def save_projector(loaded, folder, tensors=None):
@@ -470,7 +490,7 @@ def save_projector(loaded, folder, tensors=None):
 
 
 def pick_layout(config, layout):
-    """'auto' -> llava-hf, or llava where llava-hf has no words for the projector, which is said; ValueError if impossible."""
+    """'auto' -> llava-hf, or llava where llava-hf has no words for the projector, which is said."""
     if layout not in ("auto", "llava-hf", "llava"):
         raise ValueError(f"layout {layout!r} is not known; use auto, llava-hf or llava")
     if config.vision is None:
@@ -480,17 +500,11 @@ def pick_layout(config, layout):
     if config.mm_projector_type == "mlp2x_gelu":
         return "llava-hf" if layout == "auto" else layout
     if layout == "llava-hf":
-        raise ValueError(f"llava-hf has no words for a projector of type {config.mm_projector_type}, only for mlp2x_gelu; "
-                         "write the original's layout (--to llava)")
+        raise ValueError(f"llava-hf has no words for a projector of type {config.mm_projector_type}, only for "
+                         "mlp2x_gelu; write the original's layout (--to llava)")
     if layout == "auto":
-        say(f"llava-hf has no words for a projector of type {config.mm_projector_type}: the original's layout is written")
+        say(f"llava-hf has no words for a {config.mm_projector_type} projector; written is the original's layout")
     return "llava"
-
-
-def pad_rows(weight, rows):
-    """Add rows to an embedding or head (V, D): the mean of all others, so that none scores above the best of them."""
-    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
-    return torch.cat([weight, mean.expand(rows - len(weight), -1)])  # (rows, D)
 
 
 @contextmanager
@@ -547,23 +561,23 @@ def write_files(folder, files):
 
 
 def inspect(path):
-    """What a folder holds -> dict for JSON: its layout, parts with tensors, parameters and bytes, dtypes, config."""
+    """What a folder holds -> dict for JSON: layout, parts (tensors, parameters, bytes, dtypes), config, template."""
     checkpoint = open_checkpoint(path)
-    kind = checkpoint.config.get("model_type")
-    parts = {}
-    for name in ("language_model", "mm_projector", "vision_tower"):
+    kind, parts = checkpoint.config.get("model_type"), {}
+    for name in ("vision_tower", "mm_projector", "language_model"):
         if tensors := checkpoint.part(name).values():
             parts[name] = {"tensors": len(tensors), "parameters": sum(t.numel() for t in tensors),
                            "bytes": sum(t.nbytes for t in tensors),
                            "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors})}
+    report = {"path": str(checkpoint.path), "layout": "clip", "parts": parts, "not_needed": Counter(checkpoint.unused)}
     if kind in layouts.CLIP_FAMILY:
-        config = {"vision": asdict(layouts.read_vision_config(checkpoint.config, path))}
-    else:
-        config = asdict(layouts.read_config(checkpoint.config, checkpoint.tensors, path))
-    layout = ("llava-hf" if "text_config" in checkpoint.config else "clip" if kind in layouts.CLIP_FAMILY
-              else "llava" if "mm_projector" in parts else "llama")
-    return {"path": str(checkpoint.path), "layout": layout, "parts": parts, "unused": Counter(checkpoint.unused),
-            "config": config}
+        vision = layouts.read_vision_config(checkpoint.config, path)
+        return report | {"image_tokens": vision.num_patches, "config": {"vision": asdict(vision)}}
+    config = layouts.read_config(checkpoint.config, checkpoint.tensors, path)
+    plain = "llava" if "mm_projector" in parts else "llama"
+    report["layout"] = "llava-hf" if "text_config" in checkpoint.config else plain
+    return report | {"image_tokens": config.image_tokens, "config": asdict(config),
+                     "conv_mode": templates.resolve_conv_mode(config, find_tokenizer(checkpoint.path))}
 
 
 def convert(source, out, layout="auto"):
@@ -602,9 +616,9 @@ def main():
     for name, part in report["parts"].items():
         print(f"  {name:15s} {part['tensors']:5d} tensors {part['parameters'] / 1e6:10,.2f} M parameters "
               f"{part['bytes'] / 1e6:10,.1f} MB  {', '.join(part['dtypes'])}")
-    for what, count in report["unused"].items():
+    for what, count in report["not_needed"].items():
         print(f"  {what:15s} {count:5d} tensors, not needed")
-    print("  " + ", ".join(f"{key} {value}" for key, value in report["config"].items()))
+    print(f"  {report['image_tokens']} tokens per picture, template {report.get('conv_mode', 'none')}")
 
 
 if __name__ == "__main__":

@@ -8,25 +8,24 @@ tensor, config and tokenizer included, is one flat list of keys and values.
 Legend: H heads, K head dim, D model dim.
 """
 
-import json
-
 import torch
 
 NAMES = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 
 CONFIG = {  # config.json's key -> GGUF's
-    "vocab_size": "llama.vocab_size", "hidden_size": "llama.embedding_length", "intermediate_size": "llama.feed_forward_length",
-    "num_hidden_layers": "llama.block_count", "num_attention_heads": "llama.attention.head_count",
-    "num_key_value_heads": "llama.attention.head_count_kv", "max_position_embeddings": "llama.context_length",
-    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon", "rope_theta": "llama.rope.freq_base",
-    "bos_token_id": "tokenizer.ggml.bos_token_id", "eos_token_id": "tokenizer.ggml.eos_token_id",
-    "pad_token_id": "tokenizer.ggml.padding_token_id",
+    "vocab_size": "llama.vocab_size", "hidden_size": "llama.embedding_length",
+    "intermediate_size": "llama.feed_forward_length", "num_hidden_layers": "llama.block_count",
+    "num_attention_heads": "llama.attention.head_count", "num_key_value_heads": "llama.attention.head_count_kv",
+    "max_position_embeddings": "llama.context_length", "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_theta": "llama.rope.freq_base",
 }
+SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # tokens: config.json's word -> GGUF's
 
 SPLITS = {"smollm": [  # GGUF's name of a pre-tokenizer -> tokenizer.json's steps
     {"type": "Digits", "individual_digits": True},
@@ -61,8 +60,14 @@ def read(path):
         elif ".attn_k." in tensor.name:
             weight = halves(weight, values["llama.attention.head_count_kv"])
         tensors[hugging_face_name(tensor.name, path)] = weight
-    tied = "lm_head.weight" not in tensors
-    return tensors, {"config.json": config(values, tied), **tokenizer_files(values, path)}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
+              **{ours: values[theirs] for ours, theirs in CONFIG.items() if theirs in values},
+              "tie_word_embeddings": "lm_head.weight" not in tensors}
+    config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")  # kept as float32: 1e-5 reads 9.999999747e-06
+    ids = {word: values[key] for word, name in SPECIAL.items() if (key := f"tokenizer.ggml.{name}_token_id") in values}
+    generation = {f"{word}_token_id": ids[word] for word in ("bos", "eos", "pad") if word in ids}
+    return tensors, {"config.json": config | generation, "generation_config.json": generation,
+                     **tokenizer_files(values, ids, path)}
 
 
 def hugging_face_name(name, path):
@@ -74,46 +79,34 @@ def hugging_face_name(name, path):
 
 
 def halves(weight, heads):
-    """Rows of q or k (H*K, D) from llama.cpp's order, pairs side by side, to Hugging Face's, first and second halves."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()  # (H, K/2, 2, D) -> (H, 2, K/2, D)
+    """Rows of q or k (H*K, D) from llama.cpp's order, pairs side by side, to Hugging Face's, first and second half."""
+    pairs = weight.unflatten(0, (heads, -1, 2))  # (H, K/2, 2, D)
+    return pairs.transpose(1, 2).flatten(0, 2).contiguous()  # (H, 2, K/2, D) -> (H*K, D)
 
 
-def config(values, tied):
-    """config.json of the model that the file describes."""
-    known = {ours: values[theirs] for ours, theirs in CONFIG.items() if theirs in values}
-    known["rms_norm_eps"] = float(f"{known['rms_norm_eps']:.6g}")  # stored as float32: 1e-5 reads 9.999999747e-06
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **known, "tie_word_embeddings": tied,
-            "torch_dtype": "float32"}
-
-
-def tokenizer_files(values, path):
-    """tokenizer.json, tokenizer_config.json and generation_config.json from GGUF's lists of pieces and merges."""
-    kind = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
-    if kind[0] != "gpt2" or kind[1] not in SPLITS:
-        raise ValueError(f"{path}: a tokenizer of kind {kind[0]!r}, {kind[1]!r} is not known here; known is 'gpt2' with "
-                         f"{', '.join(SPLITS)}")
-    pieces = values["tokenizer.ggml.tokens"]
-    added = [{"id": i, "content": piece, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": type_ == CONTROL}
-             for i, (piece, type_) in enumerate(zip(pieces, values["tokenizer.ggml.token_type"])) if type_ in (CONTROL, USER_DEFINED)]
+def tokenizer_files(values, ids, path):
+    """tokenizer.json and tokenizer_config.json from GGUF's lists of pieces and merges; ids: {"bos": 1, …}."""
+    kind, split = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or split not in SPLITS:
+        raise ValueError(f"{path}: a tokenizer of kind {kind!r} that splits like {split!r} is not known here; "
+                         f"known is 'gpt2' with {', '.join(SPLITS)}")
+    pieces, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
+    manners = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     spec = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": SPLITS[kind[1]]}, "post_processor": None,
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "added_tokens": [{"id": i, "content": pieces[i], "special": types[i] == CONTROL, **manners}
+                         for i in range(len(pieces)) if types[i] in (CONTROL, USER_DEFINED)],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": SPLITS[split]},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                   "vocab": {piece: i for i, piece in enumerate(pieces)},
                   "merges": [merge.split(" ") for merge in values["tokenizer.ggml.merges"]]},
     }
-    special = {name: pieces[values[f"tokenizer.ggml.{key}_token_id"]]
-               for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown"))
-               if f"tokenizer.ggml.{key}_token_id" in values}
-    manners = {
+    config = {
         # Not GPT2Tokenizer: transformers 5 would put its own pre-tokenizer in place of the one that splits digits.
         "tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False, "clean_up_tokenization_spaces": False,
-        "model_max_length": values["llama.context_length"], **special}
-    if template := values.get("tokenizer.chat_template"):
-        manners["chat_template"] = template
-    ids = {f"{name}_token_id": values[f"tokenizer.ggml.{key}_token_id"]
-           for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")) if f"tokenizer.ggml.{key}_token_id" in values}
-    return {"tokenizer.json": spec, "tokenizer_config.json": manners, "generation_config.json": ids}
+        "model_max_length": values["llama.context_length"], "chat_template": values.get("tokenizer.chat_template"),
+        **{f"{word}_token": pieces[i] for word, i in ids.items()},
+    }
+    return {"tokenizer.json": spec, "tokenizer_config.json": config}

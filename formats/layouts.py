@@ -3,15 +3,17 @@
 A LLaVA is three parts, and every layout is a choice of prefixes for them. We recognise part by part, so any mixture
 loads; a folder is judged by the names in it, never by its own name.
 
-| part           | ours                         | original LLaVA                            | llava-hf (and later generations)          |
-| -------------- | ---------------------------- | ----------------------------------------- | ----------------------------------------- |
-| language model | language_model.model.X       | model.X                                   | language_model.model.X, model.language_model.X |
-| its head       | language_model.lm_head.X     | lm_head.X                                 | language_model.lm_head.X, lm_head.X       |
-| projector      | mm_projector.0.X, .2.X       | model.mm_projector.0.X, .2.X              | (model.)multi_modal_projector.linear_1.X, .linear_2.X |
-| vision tower   | vision_tower.vision_model.X  | model.vision_tower.vision_tower.vision_model.X | (model.)vision_tower.(vision_model.)X |
+| ours                        | original LLaVA                                 | llava-hf, published              |
+| --------------------------- | ---------------------------------------------- | -------------------------------- |
+| language_model.model.X      | model.X                                        | language_model.model.X           |
+| language_model.lm_head.X    | lm_head.X                                      | language_model.lm_head.X         |
+| mm_projector.0.X            | model.mm_projector.0.X                         | multi_modal_projector.linear_1.X |
+| mm_projector.2.X            | model.mm_projector.2.X                         | multi_modal_projector.linear_2.X |
+| vision_tower.vision_model.X | model.vision_tower.vision_tower.vision_model.X | vision_tower.vision_model.X      |
 
-A LLaMA folder is the original layout without projector and tower; a CLIP folder is a tower with prefix `vision_model.`
-or none. transformers 5 leaves the inner `vision_model.` out. (LLAVA.md 6.2 and 6.4.)
+Files saved from llava-hf models in memory have `model.language_model.X`, `lm_head.X`, `model.multi_modal_projector…`
+and `model.vision_tower…` instead; transformers 5 leaves the inner `vision_model.` out. A LLaMA folder is the original
+layout without projector and tower, a CLIP folder a tower with the prefix `vision_model.` or none. (LLAVA.md 6.2, 6.4)
 """
 
 import re
@@ -107,9 +109,9 @@ def read_config(values, names, where):
         raise ValueError(f"{where} is a vision tower without a language model; give it as --vision_tower")
     if kind not in LLAMA_FAMILY and kind not in ORIGINAL:
         _unknown(where, kind, [*LLAMA_FAMILY, *ORIGINAL])
-    text = LlamaConfig.from_dict({**LLAMA_FAMILY[ORIGINAL.get(kind, kind)], **values, "model_type": ORIGINAL.get(kind, kind)})
+    kind = ORIGINAL.get(kind, kind)
     return LlavaConfig(
-        text=text,
+        text=LlamaConfig.from_dict({**LLAMA_FAMILY[kind], **values, "model_type": kind}),
         vision=ClipVisionConfig.from_dict(values) if "vision_config" in values else None,
         mm_projector_type=values.get("mm_projector_type", "linear"),
         mm_vision_select_layer=values.get("mm_vision_select_layer", -2),
@@ -132,7 +134,7 @@ def _read_llava_hf(values, names, where):
     tied = text.get("tie_word_embeddings") or (
         values.get("tie_word_embeddings") and "language_model.lm_head.weight" not in names)
     text = {**LLAMA_FAMILY[kind], **text, "tie_word_embeddings": bool(tied)}
-    text["vocab_size"] = values.get("unpadded_vocab_size", text.get("vocab_size"))  # ours: rows that are only padding go
+    text["vocab_size"] = values.get("unpadded_vocab_size", text.get("vocab_size"))  # what we wrote without its padding
     return LlavaConfig(
         text=LlamaConfig.from_dict(text),
         vision=ClipVisionConfig.from_dict(vision) if vision else VIT_L_336,
@@ -160,7 +162,7 @@ def read_vision_config(values, where):
 
 
 def vision_config_of_shapes(shapes):
-    """ClipVisionConfig of a tower that came without a config.json; shapes: our names -> tuples. Heads of 64, as CLIP's."""
+    """ClipVisionConfig of a tower that came without config.json; shapes: {our name: tuple}. CLIP's head dim is 64."""
     of = {name.removeprefix("vision_tower.vision_model."): shape for name, shape in shapes.items()}
     width, _, _, patch = of["embeddings.patch_embedding.weight"]
     patches = of["embeddings.position_embedding.weight"][0] - 1
@@ -193,9 +195,9 @@ def llava_config(config, tower, dtype):
 
 
 def llava_hf_config(config, tower, dtype, image_token_index, rows):
-    """config.json in llava-hf's published form, with the original's keys beside it (transformers keeps them as they are).
+    """config.json in llava-hf's published form, with the original's keys beside it, which transformers lets stand.
 
-    rows: of the embeddings in the file; more than the vocabulary has where `<image>` needed an id (weights.save).
+    rows: of the embeddings in the file; more than the vocabulary has where `<image>` needed room (weights.save).
     """
     values = {
         "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "torch_dtype": dtype,
@@ -227,7 +229,8 @@ def _multimodal(config, tower):
 
 
 def _text(config):
-    return config.text.to_dict() | ({"sliding_window": None} if config.text.model_type == "mistral" else {})  # silence: 4096
+    silent = {"sliding_window": None} if config.text.model_type == "mistral" else {}  # without the key it would be 4096
+    return config.text.to_dict() | silent
 
 
 def _vision(config):

@@ -1,4 +1,4 @@
-"""What transformers' AutoProcessor reads beside the weights of a llava-hf folder: pictures, the `<image>` token, a chat.
+"""What transformers' AutoProcessor reads beside a llava-hf folder's weights: pictures, the `<image>` token, a chat.
 
 To LLaVA `<image>` is a mark in the text that never becomes an id. llava-hf gives it one, and as many copies of it as a
 picture has features. A tokenizer without it gets `<image>` as its next id, 32000 for LLaMA's; no other id changes. The
@@ -8,7 +8,7 @@ published folders have 64 more embedding rows for that (32064), and so do ours.
 import json
 
 from formats.layouts import STRATEGIES
-from formats.templates import TEMPLATES
+from formats.templates import CHAT, TEMPLATES
 from tokenizer import IMAGE_TAG
 
 MANNERS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -39,7 +39,7 @@ def add_image_token(files, next_id):
     if "tokenizer.json" not in files:
         return next_id
     spec, config = json.loads(files["tokenizer.json"]), json.loads(files.get("tokenizer_config.json", b"{}"))
-    listed = {str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in spec["added_tokens"]}
+    listed = {str(token.pop("id")): token for token in json.loads(files["tokenizer.json"])["added_tokens"]}
     listed |= config.get("added_tokens_decoder", {})
     ids = [int(token_id) for token_id, token in listed.items() if token["content"] == IMAGE_TAG]
     if ids:
@@ -52,11 +52,44 @@ def add_image_token(files, next_id):
     return next_id
 
 
-def chat_template(conv_mode):
+def remove_image_token(files):
+    """The reverse, for the original's layout: take `<image>`, and llava-hf's `<pad>` behind it, out of `files`.
+
+    -> the rows that the vocabulary keeps, 32000 for LLaMA's; None, and nothing changes, unless these two come last.
+    """
+    if "tokenizer.json" not in files:
+        return None
+    spec = json.loads(files["tokenizer.json"])
+    rows = len(spec["model"]["vocab"])
+    tail = {token["content"] for token in spec["added_tokens"] if token["id"] >= rows}
+    if IMAGE_TAG not in tail or not tail <= {IMAGE_TAG, "<pad>"}:
+        return None
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in tail]
+    files["tokenizer.json"] = json.dumps(spec, ensure_ascii=False, indent=1).encode()
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if name in files:
+            files[name] = json.dumps(_without(json.loads(files[name]), tail), ensure_ascii=False, indent=2).encode()
+    files.pop("added_tokens.json", None)
+    return rows
+
+
+def _without(values, tokens):
+    """A tokenizer's config without what names one of the tokens."""
+    listed = values.get("added_tokens_decoder", {})
+    values = {key: value for key, value in values.items()
+              if (value.get("content") if isinstance(value, dict) else str(value)) not in tokens}
+    if listed:
+        values["added_tokens_decoder"] = {i: token for i, token in listed.items() if token["content"] not in tokens}
+    return values
+
+
+def chat_template(conv_mode, tokenizer):
     """The conversation template as Jinja, for chat_template.jinja; None for templates that are no conversation.
 
     A message's content is a text, or transformers' list of parts, of which pictures come first as `<image>` lines.
     """
+    if conv_mode == CHAT:
+        return tokenizer.chat_template
     template = TEMPLATES.get(conv_mode)
     if template is None or template.style != "two":
         return None

@@ -46,7 +46,7 @@ def tiny_tokenizer(tmp_path_factory):
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=pieces, show_progress=False)
     tokenizer.train_from_iterator(TEXTS, trainer)
     spec = json.loads(tokenizer.to_str())
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in special]  # bytes are plain pieces
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in special]  # bytes are not
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({
@@ -86,7 +86,8 @@ def clip_config(**changes):
 def tiny_llama(tmp_path_factory, tiny_tokenizer):
     """tiny_llama(kind) -> folder of a LlamaForCausalLM with tokenizer; kind: mha, gqa, or tied (grouped, tied head)."""
     transformers = pytest.importorskip("transformers")
-    kinds = {"mha": {}, "gqa": {"num_key_value_heads": 2}, "tied": {"num_key_value_heads": 1, "tie_word_embeddings": True}}
+    kinds = {"mha": {}, "gqa": {"num_key_value_heads": 2},
+             "tied": {"num_key_value_heads": 1, "tie_word_embeddings": True}}
     folders = {}
 
     def folder_of(kind="mha"):
@@ -106,7 +107,8 @@ def tiny_clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     randomized(transformers.CLIPVisionModel(clip_config())).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}))
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28},
+        "crop_size": {"height": 28, "width": 28}}))
     return folder
 
 
@@ -116,7 +118,8 @@ def tiny_llava(tmp_path_factory, tiny_tokenizer):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("llava")
     config = transformers.LlavaConfig(
-        text_config=llama_config(vocab_size=464, num_key_value_heads=2), vision_config=clip_config(), image_token_index=400)
+        text_config=llama_config(vocab_size=464, num_key_value_heads=2), vision_config=clip_config(),
+        image_token_index=400)
     randomized(transformers.LlavaForConditionalGeneration(config)).save_pretrained(folder)
     copy_tokenizer(tiny_tokenizer, folder)
     return folder

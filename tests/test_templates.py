@@ -55,7 +55,7 @@ def test_v1_quirks():
     assert empty.prompt == f"{SYSTEM} USER: q ASSISTANT:" and empty.learned == []
     first = templates.render("v1", [("gpt", "hello"), *TALK])
     assert first == templates.render("v1", TALK)
-    tricky = templates.render("v1", [("human", "say ASSISTANT: a</s>"), ("gpt", "x ASSISTANT: y</s>z"), ("human", "on")])
+    tricky = templates.render("v1", [("human", "ASSISTANT: a</s>"), ("gpt", "x ASSISTANT: y</s>z"), ("human", "on")])
     assert learned(tricky) == [" x ASSISTANT: y</s>z</s>"]
 
 
@@ -88,12 +88,14 @@ def test_an_unknown_name_lists_the_known_ones():
 def test_chat_template_learns_answers_through_their_end_of_turn(tmp_path):
     tokenizer = chat_tokenizer(tmp_path)
     rendered = templates.render("chat_template", TALK, tokenizer)
-    assert rendered.prompt == ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>"
-                               "assistant\nA1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n")
+    end, user, gpt = "<|im_end|>", "<|im_start|>user\n", "<|im_start|>assistant\n"
+    system = f"<|im_start|>system\nBe kind.{end}\n"
+    assert rendered.prompt == f"{system}{user}<image>\nQ1{end}\n{gpt}A1{end}\n{user}Q2{end}\n{gpt}A2{end}\n"
     assert learned(rendered) == ["A1<|im_end|>", "A2<|im_end|>"] and not rendered.bos
-    tricky = templates.render("chat_template", [("human", "A"), ("gpt", "A<|im_end|>\n"), ("human", "A"), ("gpt", "")], tokenizer)
-    assert learned(tricky) == ["A<|im_end|>\n<|im_end|>", "<|im_end|>"]
-    assert templates.render("chat_template", TALK[:1], tokenizer, open=True).prompt.endswith("Q1<|im_end|>\n<|im_start|>assistant\n")
+    tricky = [("human", "A"), ("gpt", "A<|im_end|>\n"), ("human", "A"), ("gpt", "")]
+    assert learned(templates.render("chat_template", tricky, tokenizer)) == [f"A{end}\n{end}", end]
+    opened = templates.render("chat_template", TALK[:1], tokenizer, open=True)
+    assert opened.prompt == f"{system}{user}<image>\nQ1{end}\n{gpt}"
 
 
 def test_chat_ids_are_those_of_transformers(tmp_path):
@@ -118,7 +120,7 @@ def test_generation_tags_are_read_through(tmp_path):
     ("{{ raise_exception('no pictures') }}", "refuses this conversation: no pictures"),
     ("{% for m in messages %}{{ m['content'] }}", "refuses this conversation: Unexpected end of template"),
     ("{% for m in messages %}[{{ m['content'] }}]{% endfor %}", "chat template without an end: it writes an answer as"),
-    ("{% for m in messages %}{% if loop.last %}!{% endif %}{{ m['content'] }}<|im_end|>{% endfor %}", "writes turn 2 differently"),
+    ("{% for m in messages %}{{ '!' if loop.last }}{{ m['content'] }}<|im_end|>{% endfor %}", "writes turn 2"),
 ])
 def test_chat_templates_that_cannot_be_used(tmp_path, chat_template, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -138,7 +140,8 @@ def test_which_template_a_model_speaks(tmp_path, tiny_tokenizer):
     plain, chat = Tokenizer.from_folder(tiny_tokenizer), chat_tokenizer(tmp_path)
 
     def resolve(tokenizer, model_type="llama", vocab_size=32000, **config):
-        return templates.resolve_conv_mode(LlavaConfig(LlamaConfig(vocab_size, model_type=model_type), **config), tokenizer)
+        text = LlamaConfig(vocab_size, model_type=model_type)
+        return templates.resolve_conv_mode(LlavaConfig(text, **config), tokenizer)
 
     assert resolve(chat, conv_mode="vicuna_v1") == "v1"
     assert resolve(chat, mm_use_im_start_end=True) == "chat_template"
@@ -149,8 +152,8 @@ def test_which_template_a_model_speaks(tmp_path, tiny_tokenizer):
 
 
 def test_the_template_of_a_vision_processor_is_not_the_tokenizer_s_own(tmp_path):
-    parts = ("{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
-             "{{ part['text'] }}{% endfor %}{% endfor %}")
+    parts = ("{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] "
+             "| selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}{% endfor %}")
     assert templates.resolve_conv_mode(LlavaConfig(), chat_tokenizer(tmp_path, parts)) == "v1"
 
 

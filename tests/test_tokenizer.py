@@ -11,7 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokenizer import TextStream, Tokenizer
 
-TEXTS = ["USER: hi</s>USER: ho", "", " ", "  two  spaces ", "</s>", "<s>x", "a\n\n\tb", "Bär 🐻👩‍👧 日本", "x</s> y<unk>z ", "▁a ▁"]
+TEXTS = ["USER: hi</s>USER: ho", "", " ", "  two  spaces ", "</s>", "<s>x", "a\n\n\tb", "Bär 🐻👩‍👧 日本",
+         "x</s> y<unk>z ", "▁a ▁"]
 
 
 def copy(source, folder, **changes):
@@ -32,7 +33,8 @@ def byte_level(tmp_path_factory):
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     library.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
     folder = tmp_path_factory.mktemp("byte_level")
     library.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|end|>", "eos_token": "<|end|>"}))
@@ -71,7 +73,7 @@ def test_equals_sentencepiece_with_the_slow_tokenizer_s_rules(gold, tmp_path, le
         orphan = not legacy and ids[:1] == [29871] and len(ids) > 1 and ids[1] in special.values()
         return [1, *(ids[1:] if orphan else ids)]
 
-    words = ["USER", " ", "  ", "▁", "</s>", "<s>", "<unk>", "\n", "é", "日本", "🐻", "12", ".", "hello", "<", "<image>", "ASSISTANT:"]
+    words = ["USER", " ", "  ", "▁", "</s>", "<s>", "<unk>", "\n", "é", "日本", "🐻", "12", ".", "hello", "<image>"]
     dice = random.Random(0)
     for _ in range(400):
         text = "".join(dice.choices(words, k=dice.randrange(9)))
@@ -94,7 +96,7 @@ def test_only_the_first_stretch_has_the_prefix_without_legacy(tiny_tokenizer):
 
 
 def test_tokens_that_only_the_config_files_know(tiny_tokenizer, tmp_path):
-    """<im_start> in added_tokens.json splits the text; before it the prefix stays alone, before a named token it goes."""
+    """<im_start> in added_tokens.json splits the text; the prefix stays alone before it, goes before named ones."""
     folder = copy(tiny_tokenizer, tmp_path / "t")
     (folder / "added_tokens.json").write_text(json.dumps({"<im_start>": 400, "<im_end>": 401}))
     ours = Tokenizer.from_folder(folder)
@@ -103,6 +105,11 @@ def test_tokens_that_only_the_config_files_know(tiny_tokenizer, tmp_path):
     assert ours.encode("<im_start>a", bos=False) == [space, 400, a]
     assert ours.encode("a<im_end>", bos=False) == [space, a, 401]
     assert ours.decode([400, space, a]) == "a"
+    new = Tokenizer.from_folder(tiny_tokenizer, ["<im_start>", "</s>"])  # added for training, as the original does
+    assert (len(new), new.encode("<im_start>a</s>", bos=False)) == (401, [400, a, 2])
+    (folder / "added_tokens.json").write_text(json.dumps({"<im_start>": 402}))
+    with pytest.raises(ValueError, match="added token '<im_start>' has id 402; expected ids without a gap"):
+        Tokenizer.from_folder(folder)
 
 
 def test_the_picture_token_of_llava_hf_is_plain_text(tiny_tokenizer, tmp_path):
@@ -130,7 +137,7 @@ def test_spans_are_the_tokens_characters(kind, request):
     for text in TEXTS:
         ids, spans = ours.encode_with_spans(text)
         assert len(ids) == len(spans) and spans == sorted(spans)
-        assert {k for start, end in spans for k in range(start, end)} == set(range(len(text)))  # no character is left out
+        assert {k for start, end in spans for k in range(start, end)} == set(range(len(text)))  # none is left out
     if kind == "tiny_tokenizer":
         assert ours.encode_with_spans("a</s>é")[1] == [(0, 0), (0, 0), (0, 1), (1, 5), (5, 6), (5, 6)]
 

@@ -2,18 +2,17 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import clip_config, copy_tokenizer, randomized
+from conftest import clip_config, randomized
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import weights
-from formats import layouts
+from formats import command, layouts, processor
 from model import IMAGE_TOKEN_INDEX
 from weights import load, save, save_projector
 
@@ -71,7 +70,8 @@ GENERATIONS = {  # replacements in transformers 5.23's file names, which have no
                           ("vision_tower.", "model.vision_tower.vision_model."),
                           ("multi_modal_projector.", "model.multi_modal_projector.")],
     "in memory of 5": [("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."),
-                       ("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector.")],
+                       ("vision_tower.", "model.vision_tower."),
+                       ("multi_modal_projector.", "model.multi_modal_projector.")],
 }
 ORIGINAL = [("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."),
             ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
@@ -109,7 +109,7 @@ def as_original(folder, out, tower, **changes):
     values = json.loads((folder / "config.json").read_text())
     out.mkdir()
     config = {**values["text_config"], "model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu",
-              "mm_vision_select_layer": -2, "mm_hidden_size": 24, "mm_vision_tower": str(tower), "use_mm_proj": True, **changes}
+              "mm_vision_select_layer": -2, "mm_hidden_size": 24, "mm_vision_tower": str(tower), **changes}
     (out / "config.json").write_text(json.dumps(config))
     return renamed(folder, ORIGINAL)
 
@@ -145,12 +145,12 @@ def test_original_layout_prefers_the_tower_its_config_names(tiny_llava, tiny_cli
     assert close(our_logits(trained.model, WITH_PICTURE, picture()), their_logits(tiny_llava, WITH_PICTURE, picture()))
 
 
-def test_tower_config_from_shapes_alone(tiny_llava, tmp_path):
+def test_tower_config_from_shapes_alone(tiny_llava):
     shapes = {layouts.our_name(name): tuple(t.shape) for name, t in load_file(tiny_llava / "model.safetensors").items()
               if name.startswith("vision_tower")}
     found = layouts.vision_config_of_shapes(shapes)
-    assert (found.hidden_size, found.intermediate_size, found.num_hidden_layers, found.image_size, found.patch_size) == (
-        24, 40, 3, 28, 14)
+    assert (found.hidden_size, found.intermediate_size, found.num_hidden_layers) == (24, 40, 3)
+    assert (found.image_size, found.patch_size) == (28, 14)
 
 
 def test_names_that_belong_together():
@@ -215,9 +215,10 @@ def test_changing_a_loaded_model_leaves_the_file_alone(tiny_llama):
 
 
 def test_whole_clip_as_tower(tiny_llama, tiny_clip, tmp_path, capsys):
-    text = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50,
-            "projection_dim": 16}
-    clip = randomized(transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=clip_config().to_dict())))
+    text = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.CLIPConfig(text_config=text, vision_config=clip_config().to_dict())
+    clip = randomized(transformers.CLIPModel(config))
     clip.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors | {"vision_model.embeddings.position_ids": torch.arange(5)}, tmp_path / "model.safetensors")
@@ -234,7 +235,8 @@ def test_whole_clip_as_tower(tiny_llama, tiny_clip, tmp_path, capsys):
 
 
 def test_missing_fields_of_llava_hf_are_transformers_defaults():
-    config = layouts.read_config({"model_type": "llava", "text_config": {"vocab_size": 32064, "rms_norm_eps": 1e-5}}, {}, "x")
+    text = {"vocab_size": 32064, "rms_norm_eps": 1e-5}
+    config = layouts.read_config({"model_type": "llava", "text_config": text}, {}, "x")
     assert (config.text.hidden_size, config.text.num_hidden_layers, config.text.intermediate_size) == (4096, 32, 11008)
     assert (config.vision.image_size, config.vision.hidden_size, config.image_tokens) == (336, 1024, 576)
     assert config.mm_projector_type == "mlp2x_gelu" and config.image_aspect_ratio == "pad"
@@ -306,7 +308,8 @@ def test_every_form_of_a_projector_file(assembled, tiny_llama, tiny_clip, tmp_pa
     save_file({name: tensor.contiguous() for name, tensor in keys.items()}, tmp_path / "projector.safetensors")
     save(assembled, tmp_path / "whole")
     for adapter in ("stage1/mm_projector.bin", "projector.safetensors", "stage1", "whole"):
-        loaded = load(tiny_llama("gqa"), vision_tower=tiny_clip, pretrain_mm_mlp_adapter=tmp_path / adapter, projector_seed=9)
+        loaded = load(tiny_llama("gqa"), vision_tower=tiny_clip, projector_seed=9,
+                      pretrain_mm_mlp_adapter=tmp_path / adapter)
         assert same_tensors(loaded.model, assembled.model) and not loaded.new_projector
     config = json.loads((tmp_path / "stage1" / "config.json").read_text())
     assert config["model_type"] == "llava_llama" and config["mm_vision_tower"] == str(tiny_clip)
@@ -362,7 +365,8 @@ def test_llava_hf_folders_keep_every_tensor(tiny_llava, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert {"vision_tower.vision_model.post_layernorm.weight", "language_model.model.norm.weight",
             "multi_modal_projector.linear_1.weight", "language_model.lm_head.weight"} < saved.keys()
-    assert torch.equal(their_logits(tmp_path / "out", WITH_PICTURE, picture()), their_logits(tiny_llava, WITH_PICTURE, picture()))
+    theirs = their_logits(tmp_path / "out", WITH_PICTURE, picture())
+    assert torch.equal(theirs, their_logits(tiny_llava, WITH_PICTURE, picture()))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["image_token_index"] == IMAGE_ID
 
 
@@ -379,8 +383,8 @@ def test_an_assembled_model_runs_in_transformers(assembled, tmp_path):
     assert torch.equal(our_logits(again.model, WITH_PICTURE, picture()), ours)
     assert again.tokenizer.encode("What <image> is") == assembled.tokenizer.encode("What <image> is")
     save(again, tmp_path / "twice")
-    assert (tmp_path / "twice" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert (tmp_path / "twice" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_a_tied_llava_runs_in_transformers(tiny_llama, tiny_clip, tmp_path):
@@ -393,7 +397,8 @@ def test_a_tied_llava_runs_in_transformers(tiny_llama, tiny_clip, tmp_path):
 
 @pytest.mark.parametrize("aspect", ["pad", "square"])
 def test_the_processor_of_a_saved_folder(tiny_llama, tiny_clip, tmp_path, aspect):
-    loaded = load(tiny_llama(), vision_tower=tiny_clip, mm_projector_type="mlp2x_gelu", projector_seed=0, image_aspect_ratio=aspect)
+    loaded = load(tiny_llama(), vision_tower=tiny_clip, mm_projector_type="mlp2x_gelu", projector_seed=0,
+                  image_aspect_ratio=aspect)
     save(loaded, tmp_path / "out")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
     pixels = Image.effect_noise((40, 30), 60).convert("RGB")
@@ -410,7 +415,7 @@ def test_the_processor_of_a_saved_folder(tiny_llama, tiny_clip, tmp_path, aspect
 def test_what_llava_hf_cannot_say_goes_into_the_original_layout(tiny_llama, tiny_clip, tmp_path, capsys):
     loaded = load(tiny_llama(), vision_tower=tiny_clip, mm_projector_type="linear", projector_seed=0)
     save(loaded, tmp_path / "out")
-    assert "the original's layout is written" in capsys.readouterr().err
+    assert "written is the original's layout" in capsys.readouterr().err
     names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert {"model.mm_projector.weight", "model.norm.weight", "lm_head.weight",
             "model.vision_tower.vision_tower.vision_model.post_layernorm.bias"} < names
@@ -426,7 +431,8 @@ def test_large_models_are_written_in_shards(assembled, tmp_path, monkeypatch):
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert same_tensors(load(tmp_path / "out").model, assembled.model)
-    assert close(their_logits(tmp_path / "out", WITH_PICTURE, picture())[:, :400], our_logits(assembled.model, WITH_PICTURE, picture()))
+    theirs = their_logits(tmp_path / "out", WITH_PICTURE, picture())
+    assert close(theirs[:, :400], our_logits(assembled.model, WITH_PICTURE, picture()))
     monkeypatch.undo()
     save(assembled, tmp_path / "out")  # a folder that is written again keeps no shard of before
     assert [file.name for file in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
@@ -458,11 +464,11 @@ def test_broken_folders(tiny_llama, copy_of, tmp_path):
     whole = file.read_bytes()
     tensors = load_file(file)
     file.write_bytes(whole[:-1000])
-    raises("model.safetensors cannot be read, it is truncated")
+    raises("model.safetensors is truncated")
     save_file(tensors | {"model.layers.9.mlp.up_proj.weight": torch.ones(1)}, file)
     raises("model.layers.9.mlp.up_proj.weight has no place in this model")
     save_file(tensors | {"transformer.wte.weight": torch.ones(1)}, file)
-    raises("'transformer.wte.weight' belongs to no layout")
+    raises("'transformer.wte.weight' is in no known layout")
     save_file(tensors | {"model.language_model.norm.weight": torch.ones(1)}, file)
     raises("a second time")
     save_file({name: t for name, t in tensors.items() if "norm" not in name}, file)
@@ -471,11 +477,11 @@ def test_broken_folders(tiny_llama, copy_of, tmp_path):
     raises(r"lm_head.weight is \(3, 32\), expected \(400, 32\)")
     file.unlink()
     raises("holds no weights; expected one of model.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "model-2.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-2.safetensors"}}')
     raises("model-2.safetensors is missing")
     (folder / "model.safetensors.index.json").unlink()
     torch.save({"lm_head.weight": SimpleNamespace()}, folder / "pytorch_model.bin")
-    raises("pytorch_model.bin cannot be read")
+    raises("pytorch_model.bin is truncated or no weight file")
     (folder / "config.json").write_text("{")
     raises("config.json: expected JSON")
     (folder / "config.json").unlink()
@@ -496,26 +502,71 @@ def test_hub_ids(tiny_llama, monkeypatch):
     def fail(*_, **__):
         raise OSError("offline\nand more")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ValueError, match="no folder here, and downloading it from Hugging Face failed: offline$"):
+    with pytest.raises(ValueError, match="no folder here, and no download from Hugging Face: offline$"):
         load("someone/tiny-llama")
 
 
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, "weights.py", *map(str, arguments)], capture_output=True, text=True)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments) -> (exit status, stdout, stderr) of `python weights.py …`."""
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            command.run(weights.main)
+        return end.value.code or 0, *capsys.readouterr()
+    return call
 
 
-def test_inspect_and_convert(tiny_llava, tmp_path):
-    answer = json.loads(run("inspect", tiny_llava, "--json").stdout)
+def test_inspect(run, tiny_llava, tiny_clip, tmp_path):
+    answer = json.loads(run("inspect", tiny_llava, "--json")[1])
     assert answer["layout"] == "llava-hf" and answer["parts"]["mm_projector"]["tensors"] == 4
     assert answer["parts"]["language_model"]["dtypes"] == ["float32"]
-    assert run("convert", tiny_llava, tmp_path / "original", "--to", "llava").returncode == 0
-    assert json.loads(run("inspect", tmp_path / "original", "--json").stdout)["layout"] == "llava"
-    assert same_tensors(load(tmp_path / "original").model, load(tiny_llava).model)
-    broken = run("inspect", tmp_path)
-    assert broken.returncode == 2 and broken.stdout == "" and broken.stderr.count("\n") == 1
+    assert answer["image_tokens"] == TOKENS and answer["conv_mode"] == "v1"
+    assert "clip layout" in run("inspect", tiny_clip)[1]
+    code, out, err = run("inspect", tmp_path)
+    assert code == 2 and out == "" and err.count("\n") == 1 and "config.json is missing" in err
+
+
+def test_convert_between_layouts(run, tiny_llava, tmp_path):
+    assert run("convert", tiny_llava, tmp_path / "llava", "--to", "llava")[0] == 0
+    assert json.loads(run("inspect", tmp_path / "llava", "--json")[1])["layout"] == "llava"
+    assert same_tensors(load(tmp_path / "llava").model, load(tiny_llava).model)
+    assert run("convert", tiny_llava, tmp_path / "x", "--to", "gptq")[0] == 2
+
+
+def test_rows_for_the_image_token_come_and_go(run, assembled, tiny_llama, tmp_path):
+    """original (400 rows) -> llava-hf (448) -> original, also from a folder that does not say what it had before."""
+    save(assembled, tmp_path / "hf")
+    edit_config(tmp_path / "hf", unpadded_vocab_size=None)
+    assert load(tmp_path / "hf").config.text.vocab_size == 448
+    run("convert", tmp_path / "hf", tmp_path / "original", "--to", "llava")
+    back = load(tmp_path / "original")
+    assert same_tensors(back.model, assembled.model) and len(back.tokenizer) == 400
+    assert "<image>" not in (tmp_path / "original" / "tokenizer_config.json").read_text()
+
+
+def test_published_tokenizer_files_lose_image_and_pad():
+    added = [{"id": 0, "content": "<unk>"}, {"id": 3, "content": "<image>"}, {"id": 4, "content": "<pad>"}]
+    spec = {"model": {"vocab": {"<unk>": 0, "a": 1, "b": 2}}, "added_tokens": added}
+    config = {"pad_token": "<pad>", "unk_token": "<unk>", "added_tokens_decoder": {str(t["id"]): t for t in added}}
+    files = {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": json.dumps(config).encode(),
+             "special_tokens_map.json": b'{"pad_token": {"content": "<pad>"}}', "added_tokens.json": b"{}"}
+    assert processor.remove_image_token(files) == 3
+    config = json.loads(files["tokenizer_config.json"])
+    assert config.keys() == {"unk_token", "added_tokens_decoder"} and config["added_tokens_decoder"].keys() == {"0"}
+    assert files.keys() == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert processor.remove_image_token(files) is None
+
+
+def test_image_processors_of_transformers_4_and_5(assembled, tmp_path):
+    values = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "image_mean": [0.5, 0.5, 0.5]}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": values}))
+    assert weights.find_image_processor(tmp_path, assembled.config).image_mean == (0.5, 0.5, 0.5)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 28, "crop_size": 28}))
+    assert weights.find_image_processor(tmp_path, assembled.config).shortest_edge == 28
 
 
 def test_gold_checkpoints_and_logits(gold, tmp_path):
@@ -531,8 +582,3 @@ def test_gold_checkpoints_and_logits(gold, tmp_path):
     with torch.no_grad():
         logits = loaded.model.logits(batch)
     assert close(logits[:, ::128], file["logits_stride128"][0][: len(ids)])
-
-
-def test_copying_keeps_the_tokenizer(tiny_tokenizer, tmp_path):
-    copy_tokenizer(tiny_tokenizer, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}

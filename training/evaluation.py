@@ -49,9 +49,9 @@ class Judge:
         total, learned, size = 0.0, 0, self.args.per_device_eval_batch_size
         for first in range(0, len(records), size):
             batch = records.pack([records[i] for i in range(first, min(first + size, len(records)))]).to(device)
-            count = int((batch.labels != IGNORE_INDEX).sum())
-            total += self.loaded.model.loss(batch).item() * count
-            learned += count
+            if count := int((batch.labels != IGNORE_INDEX).sum()):
+                total += self.loaded.model.loss(batch).item() * count
+                learned += count
         return total / max(1, learned)
 
     def ask(self, records):
@@ -60,14 +60,14 @@ class Judge:
         asked = [question for question in asked if question is not None]
         scores = {}  # picture -> kind -> [True, False, …]
         answers = []
-        longest = 8 + max(len(self.loaded.tokenizer.encode(q.answer)) for q in asked)
+        longest = 8 + max((len(self.loaded.tokenizer.encode(q.answer)) for q in asked), default=0)
         for pictures in self.pictures:
-            requests = [Request(q.messages, images, longest) for q, images in zip(asked, self.show(asked, pictures))]
+            shown = [(q, images) for q, images in zip(asked, self.show(asked, pictures)) if images is not None]
+            requests = [Request(q.messages, images, longest) for q, images in shown]
             said = generate(self.loaded, requests, batch_size=self.args.per_device_eval_batch_size)
             by_kind = scores.setdefault(pictures, {})
-            for q, answer in zip(asked, said):
-                if q.images or pictures == "true":  # a question without a picture cannot be asked with another one
-                    by_kind.setdefault(q.kind, []).append(plain(answer.text) == plain(q.answer))
+            for (q, _), answer in zip(shown, said):
+                by_kind.setdefault(q.kind, []).append(plain(answer.text) == plain(q.answer))
                 if pictures == "true":
                     answers.append({"id": q.id, "kind": q.kind, "question": q.messages[-1][1], "expected": q.answer,
                                     "answer": answer.text})
@@ -76,22 +76,25 @@ class Judge:
         for pictures, by_kind in scores.items():
             means = {kind: sum(x) / len(x) for kind, x in by_kind.items()}
             short = [mean for kind, mean in means.items() if kind not in long] or list(means.values())
-            result["eval_match" + ("" if pictures == "true" else f"_{pictures}")] = sum(short) / max(1, len(short))
+            mean = sum(short) / len(short) if short else None  # None: nothing could be asked
+            result["eval_match" + ("" if pictures == "true" else f"_{pictures}")] = mean
             if pictures == "true":
                 result["eval_match_by_kind"] = {kind or "answers": mean for kind, mean in means.items()}
         return result | {"eval_answers": answers}
 
     def show(self, asked, pictures):
-        """The pictures of every question: its own, those of the next question with as many but other ones, or grey."""
+        """The pictures of every question: its own, those of the next question with as many but other ones, or grey; None
+        where there are none to put in place of its own."""
         if pictures == "true":
             return [q.images for q in asked]
         if pictures == "blank":
-            grey = tuple(int(255 * mean) for mean in self.loaded.image_processor.image_mean)
-            return [[Image.new("RGB", (64, 64), grey) for _ in q.images] for q in asked]
+            processor = self.loaded.image_processor
+            grey = tuple(int(255 * mean) for mean in processor.image_mean) if processor else None
+            return [[Image.new("RGB", (64, 64), grey)] * len(q.images) or None for q in asked]
         others = []
         for i, q in enumerate(asked):
-            rest = (asked[(i + k) % len(asked)] for k in range(1, len(asked)))
-            others.append(next((r.images for r in rest if len(r.images) == len(q.images) and r.images != q.images), q.images))
+            rest = (r.images for r in asked[i + 1:] + asked[:i] if len(r.images) == len(q.images))
+            others.append(next((images for images in rest if images and not set(images) & set(q.images)), None))
         return others
 
 
@@ -105,7 +108,8 @@ def line(row):
     parts = [f"eval {row['eval_set']} at step {row['step']}: loss {row['eval_loss']:.4f}"]
     if "eval_match" in row:
         meters = [f"{name} {row[key]:.3f}" for name, key in
-                  (("true", "eval_match"), ("shuffled", "eval_match_shuffled"), ("blank", "eval_match_blank")) if key in row]
+                  (("true", "eval_match"), ("shuffled", "eval_match_shuffled"), ("blank", "eval_match_blank"))
+                  if row.get(key) is not None]
         kinds = [f"{kind} {value:.2f}" for kind, value in row["eval_match_by_kind"].items()]
         parts += ["sight: " + "  ".join(meters)] + ["by kind: " + "  ".join(kinds)] * (len(kinds) > 1)
     return "  |  ".join(parts) + f"  ({row['eval_seconds']:.1f} s)"

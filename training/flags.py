@@ -28,7 +28,7 @@ FLAGS = {
         ("pretrain_mm_mlp_adapter", str, None, "stage 1's mm_projector.bin, a .safetensors, or the folder of either"),
         ("mm_vision_select_layer", int, None, "the tower's hidden state that is used; None: the model's, else -2"),
         ("mm_vision_select_feature", str, None, "patch, or cls_patch to keep the class token"),
-        ("mm_use_im_start_end", bool, OFF, "wrap pictures in <im_start> and <im_end>"),
+        ("mm_use_im_start_end", bool, None, "wrap pictures in <im_start> and <im_end>; None: as the model does"),
         ("mm_use_im_patch_token", bool, OFF, "LLaVA 0.x's <im_patch> token"),
         ("mm_patch_merge_type", str, "flat", "how the tiles of a picture are joined"),
         ("cache_dir", str, None, "where hub downloads are kept"),
@@ -96,6 +96,10 @@ NOT_BUILT = {
     "mm_patch_merge_type": "flat", "group_by_modality_length": False,
 }
 
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
+            "model_max_length")
+
 
 def parse(argv=None):
     """The command line -> a namespace with every flag of FLAGS, defaults of `--stage` and `--recipe` filled in."""
@@ -146,9 +150,12 @@ def check(args):
     if args.evaluation_strategy is None:
         args.evaluation_strategy = "steps" if args.eval_steps else "no"
     for name, allowed in (("stage", (None, "pretrain", "finetune")), ("evaluation_strategy", ("no", "steps", "epoch")),
-                          ("on_bad_record", ("stop", "skip"))):
+                          ("on_bad_record", ("stop", "skip")), ("lr_scheduler_type", SCHEDULES)):
         if getattr(args, name) not in allowed:
-            choices = " or ".join(str(a) for a in allowed if a)
+            choices = ", ".join(str(a) for a in allowed if a)
             raise ValueError(f"--{name} {getattr(args, name)} is not known; use {choices}")
+    for name in POSITIVE:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} is too small; it is 1 or more")
     if args.tune_mm_mlp_adapter and args.freeze_mm_mlp_adapter:
         raise ValueError("--tune_mm_mlp_adapter trains the projector only, --freeze_mm_mlp_adapter freezes it: drop one")

@@ -5,13 +5,16 @@ seeds that generator with --seed. One generator of our own, seeded alike, gives 
 else.
 """
 
+from itertools import cycle, islice
+
 import torch
 
 
 class BatchOrder:
     """Batches of record indices, epoch after epoch; every rank builds the same order and takes its share.
 
-    count: records; batch: records per micro-batch and rank. Each epoch's last batch may be short.
+    count: records; batch: records per micro-batch and rank. On one rank, an epoch's last batch may be short; on several,
+    the epoch's first records come once more until every rank has equally many full batches (LLAVA.md 4.6).
     """
 
     def __init__(self, count, batch, seed, rank=0, world=1):
@@ -20,17 +23,15 @@ class BatchOrder:
 
     def __len__(self):
         """Micro-batches per epoch and rank."""
-        return -(-self._batches() // self.world)
-
-    def _batches(self):
-        return -(-self.count // self.batch)
+        return -(-self.count // (self.batch * self.world))
 
     def epoch(self):
-        """This rank's batches of the next epoch. If they do not divide evenly, the first ones are used twice."""
+        """This rank's batches of the next epoch."""
         self._draw()  # the loader's base seed for worker processes
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self._draw())).tolist()
-        batches = [order[i: i + self.batch] for i in range(0, self.count, self.batch)]
-        batches += batches[: len(self) * self.world - len(batches)]
+        if self.world > 1:
+            order = list(islice(cycle(order), len(self) * self.batch * self.world))
+        batches = [order[i: i + self.batch] for i in range(0, len(order), self.batch)]
         return batches[self.rank:: self.world]
 
     def _draw(self):

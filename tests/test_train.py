@@ -1,0 +1,338 @@
+"""train.py: the original's curves step by step, both stages on drawn pictures, and what the flags change."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from drawn import draw, rows_of, run_train, words
+from safetensors.torch import load_file
+
+import train
+from formats.layouts import our_name
+from training import flags
+from training.sampler import BatchOrder
+from weights import load
+
+ROOT = Path(__file__).resolve().parent.parent
+ROW = ["step", "epoch", "loss", "grad_norm", "learning_rate", "learned_tokens", "tokens", "seconds", "tokens_per_second",
+       "memory_gb"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_llama, tiny_clip, scenes):
+    """The flags of a stage 1 run that starts from a language model and a tower."""
+    return dict(model_name_or_path=tiny_llama("gqa"), vision_tower=tiny_clip, mm_projector_type="mlp2x_gelu",
+                image_folder=scenes, data_path=scenes / "captions.json", version="plain", tune_mm_mlp_adapter=True,
+                per_device_train_batch_size=2, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def stages(parts, scenes, tmp_path_factory):
+    """Stage 1, then stage 2 from the folder it wrote, by the recipes' defaults. -> their two folders"""
+    one, two = tmp_path_factory.mktemp("stage1"), tmp_path_factory.mktemp("stage2")
+    common = dict(image_folder=scenes, per_device_train_batch_size=2, model_max_length=256)
+    first = {key: parts[key] for key in ("model_name_or_path", "vision_tower", "data_path")}
+    run_train(one, stage="pretrain", max_steps=4, **first, **common)
+    run_train(two, stage="finetune", model_name_or_path=one, data_path=scenes / "talks.json", log_samples=True,
+              num_train_epochs=2, learning_rate=1e-3, eval_data_path=scenes / "talks.json", eval_generate=3,
+              eval_steps=2, eval_pictures="true,shuffled,blank", **common)
+    return one, two
+
+
+def build(out, **options):
+    """The model that a command line would train."""
+    return train.build_model(flags.parse(words(output_dir=out, **options)), torch.device("cpu"))
+
+
+def tensors(model):
+    """{name: tensor}, a copy."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def changed_parts(before, after):
+    """The top-level parts in which some tensor differs."""
+    assert before.keys() == after.keys()
+    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+# ----------------------------------------------------------------------------------------------------------- the original
+
+
+@pytest.mark.parametrize("name", ["stage1_mha", "stage2_mha_lr1e-3"])
+def test_training_repeats_the_original_step_by_step(gold, tmp_path, name):
+    recorded = json.loads((gold / "train" / f"{name}.json").read_text())
+    argv = [word.replace("@GOLD@/gold", str(gold)) for word in recorded["argv"]]
+    assert train.main([*argv, "--output_dir", str(tmp_path), "--log_samples"]) == 0
+    rows, steps = rows_of(tmp_path), recorded["steps"]
+    assert [row["ids"] for row in rows] == [step["ids"] for step in steps]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([step["lrs"][0] for step in steps], rel=1e-12)
+    assert [row["loss"] for row in rows] == pytest.approx([step["loss"] for step in steps], rel=1e-5)
+    assert [row["grad_norm"] for row in rows] == pytest.approx([step["grad_norm"] for step in steps], rel=1e-5)
+
+    ours = {our_name(key): tensor for key, tensor in load_file(tmp_path / "model.safetensors").items()}
+    final = load_file(gold / "train" / f"{name}.safetensors")
+    final = {key.removeprefix("final."): tensor for key, tensor in final.items() if key.startswith("final.")}
+    for key, tensor in final.items():
+        found = ours[our_name(key.removesuffix(".rows"))]
+        found = found[recorded["embedding_rows_stored"]] if key.endswith(".rows") else found
+        assert (found - tensor).abs().max() < 1e-5, key
+
+
+@pytest.mark.parametrize("total, warmup, factors", [
+    (2181, 66, {0: 0, 1: 0.01515152, 65: 0.98484848, 66: 1, 67: 0.99999945, 1090: 0.52486996, 2180: 5.5e-7}),
+    (5198, 156, {1: 0.00641026, 155: 0.99358974, 156: 1, 2599: 0.52429074})])
+def test_cosine_schedule_of_the_published_runs(total, warmup, factors):
+    by_ratio = flags.build_parser().parse_args(["--warmup_ratio", "0.03", "--lr_scheduler_type", "cosine"])
+    by_steps = flags.build_parser().parse_args(["--warmup_steps", str(warmup), "--lr_scheduler_type", "cosine"])
+    for args in by_ratio, by_steps:
+        found = [train.learning_rate_factor(step, total, args) for step in factors]
+        assert found == pytest.approx(list(factors.values()), abs=6e-9)
+
+
+@pytest.mark.parametrize("kind", flags.SCHEDULES)
+def test_schedules_are_those_of_transformers(kind):
+    get_scheduler = pytest.importorskip("transformers").get_scheduler
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = get_scheduler(kind, optimizer, 3, 10)
+    args = flags.build_parser().parse_args(["--warmup_steps", "3", "--lr_scheduler_type", kind])
+    for step in range(10):
+        assert train.learning_rate_factor(step, 10, args) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+
+
+# ------------------------------------------------------------------------------------------------------------- two stages
+
+
+def test_stage_1_changes_the_projector_only(parts, stages, tmp_path):
+    before = build(tmp_path, stage="pretrain", **parts).model
+    assert changed_parts(tensors(before), tensors(load(stages[0]).model)) == {"mm_projector"}
+
+
+def test_stage_2_changes_all_but_the_tower(stages):
+    before, after = (tensors(load(folder).model) for folder in stages)
+    assert changed_parts(before, after) == {"mm_projector", "language_model"}
+    still = [name for name in before if "vision_tower" not in name and torch.equal(before[name], after[name])]
+    assert still == []
+
+
+def test_a_stage_writes_the_settings_it_was_given(stages):
+    one, two = (load(folder) for folder in stages)
+    assert (one.config.image_aspect_ratio, two.config.image_aspect_ratio) == ("square", "pad")
+    assert one.conv_mode == two.conv_mode == "v1"  # plain is stage 1's alone
+    assert two.config.tokenizer_model_max_length == 256
+
+
+def test_log_has_one_row_per_step_with_the_promised_fields(stages):
+    one, two = map(rows_of, stages)
+    assert [list(row) for row in one] == [ROW] * 4 and [row["step"] for row in one] == [1, 2, 3, 4]
+    steps = [row for row in two if "eval_loss" not in row]
+    assert [list(row) for row in steps] == [[*ROW, "ids"]] * 6 and [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in steps] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2], abs=1e-6)
+    assert steps[0]["learning_rate"] == 0  # warm-up
+    ids = sum((row["ids"] for row in steps), [])
+    assert sorted(sum(ids[:3], [])) == sorted(sum(ids[3:], [])) == ["long", "one", "text", "turns", "two"]
+
+
+def test_log_has_a_row_per_evaluation(stages):
+    rows = [row for row in rows_of(stages[1]) if "eval_loss" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6] and rows[0]["eval_loss"] > rows[-1]["eval_loss"]
+    for row in rows:
+        assert {"eval_match", "eval_match_shuffled", "eval_match_blank"} <= row.keys()
+        assert row["eval_match_by_kind"].keys() == {"color", "text"}
+        assert [answer["id"] for answer in row["eval_answers"]] == ["one", "turns", "text"]
+
+
+def test_what_a_stage_writes_can_be_loaded_by_transformers(stages):
+    transformers = pytest.importorskip("transformers")
+    for folder in stages:
+        transformers.LlavaForConditionalGeneration.from_pretrained(folder)
+
+
+def test_save_projector_only(parts, tmp_path):
+    out = tmp_path / "stage1"
+    run_train(out, max_steps=1, save_projector_only=True, **parts)
+    assert {file.name for file in out.iterdir()} == {"config.json", "mm_projector.bin", "log.jsonl", "training_args.json"}
+    assert load(out, model_base=parts["model_name_or_path"]).config.mm_projector_type == "mlp2x_gelu"
+
+
+@pytest.mark.parametrize("form", ["file", "safetensors", "folder"])
+def test_stage_2_takes_the_projector_as(form, parts, stages, tmp_path):
+    one = stages[0]
+    path = {"file": one / "mm_projector.bin", "safetensors": one / "model.safetensors", "folder": one}[form]
+    if form == "safetensors":
+        from safetensors.torch import save_file
+        path = tmp_path / "any.safetensors"
+        save_file(torch.load(one / "mm_projector.bin"), path)
+    model = build(tmp_path, pretrain_mm_mlp_adapter=path, **parts).model
+    assert torch.equal(model.mm_projector[0].weight, load(one).model.mm_projector[0].weight)
+
+
+# -------------------------------------------------------------------------------------------- batches, steps and the rest
+
+
+def test_accumulation_runs_on_across_the_end_of_an_epoch(parts, tmp_path):
+    rows = run_train(tmp_path, num_train_epochs=4, gradient_accumulation_steps=2, log_samples=True, **parts)
+    order = BatchOrder(5, 2, 42)
+    expected = [[f"cap{i}" for i in batch] for _ in range(4) for batch in order.epoch()]
+    assert len(rows) == 4  # an epoch has 3 batches, and a third of it is left over
+    assert sum((row["ids"] for row in rows), []) == expected[:8]
+    assert [row["epoch"] for row in rows] == pytest.approx([2 / 3, 4 / 3, 2, 8 / 3], abs=1e-6)
+
+
+def test_accumulation_longer_than_an_epoch_takes_the_epoch(parts, tmp_path):
+    rows = run_train(tmp_path, num_train_epochs=2, gradient_accumulation_steps=16, log_samples=True, **parts)
+    assert [len(row["ids"]) for row in rows] == [3, 3] and [row["epoch"] for row in rows] == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def plain_run(parts, tmp_path_factory):
+    """Two steps of four records each, the language model trained along: the rows that other ways to it must repeat."""
+    return run_train(tmp_path_factory.mktemp("plain"), max_steps=2,
+                     **parts | {"tune_mm_mlp_adapter": False, "per_device_train_batch_size": 4})
+
+
+@pytest.mark.parametrize("options", [
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, {"gradient_checkpointing": True},
+    {"dataloader_num_workers": 1}, {"pretrained": None}])
+def test_the_same_numbers_another_way(parts, plain_run, tmp_path, options):
+    options.pop("pretrained", None)  # the last one: the same once more
+    rows = run_train(tmp_path, **parts | {"tune_mm_mlp_adapter": False, "per_device_train_batch_size": 4, "max_steps": 1}
+                     | options)
+    for key in "loss", "grad_norm", "learned_tokens", "tokens":
+        assert rows[0][key] == pytest.approx(plain_run[0][key], rel=1e-5)
+
+
+def test_clipping_is_logged_before_and_can_be_off(parts, plain_run, tmp_path):
+    options = parts | {"tune_mm_mlp_adapter": False, "per_device_train_batch_size": 4, "max_steps": 2}
+    rows = run_train(tmp_path, max_grad_norm=0, **options)
+    assert plain_run[0]["grad_norm"] > 1 and rows[0]["grad_norm"] == plain_run[0]["grad_norm"]
+
+
+def test_a_batch_without_anything_to_learn_changes_nothing_and_is_reported(parts, scenes, tmp_path, capsys):
+    before = build(tmp_path, **parts).model
+    rows = run_train(tmp_path, max_steps=1, model_max_length=3, **parts)  # the picture does not fit
+    assert (rows[0]["loss"], rows[0]["grad_norm"], rows[0]["learned_tokens"]) == (0, 0, 0)
+    assert changed_parts(tensors(before), tensors(load(tmp_path).model)) == set()
+    assert "nothing to learn is left" in capsys.readouterr().out
+
+
+def test_bfloat16_trains_float32_masters(parts, plain_run, tmp_path):
+    options = parts | {"tune_mm_mlp_adapter": False, "per_device_train_batch_size": 4, "max_steps": 2}
+    rows = run_train(tmp_path, bf16=True, **options)
+    assert rows[0]["loss"] == pytest.approx(plain_run[0]["loss"], rel=0.05) and rows[0]["loss"] != plain_run[0]["loss"]
+    dtypes = {our_name(name).split(".")[0]: t.dtype for name, t in load_file(tmp_path / "model.safetensors").items()}
+    assert dtypes == {"vision_tower": torch.bfloat16, "mm_projector": torch.float32, "language_model": torch.float32}
+    assert load(tmp_path).model.mm_projector[0].weight.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize("options, trained", [
+    ({}, {"mm_projector", "language_model.model", "language_model.lm_head"}),
+    ({"tune_mm_mlp_adapter": True}, {"mm_projector"}),
+    ({"freeze_backbone": True}, {"mm_projector", "language_model.lm_head"}),
+    ({"freeze_mm_mlp_adapter": True}, {"language_model.model", "language_model.lm_head"}),
+    ({"freeze_backbone": True, "freeze_mm_mlp_adapter": True}, {"language_model.lm_head"})])
+def test_flags_choose_what_trains(parts, tmp_path, options, trained):
+    model = build(tmp_path, **parts | {"tune_mm_mlp_adapter": False} | options).model
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {".".join(name.split(".")[:1 if name.startswith("mm") else 2]) for name in names} == trained
+
+
+def groups_of(model, **options):
+    """{parameter name: (weight decay, learning rate)} of the optimiser."""
+    args = flags.build_parser().parse_args(words(learning_rate=1e-3, weight_decay=0.1, **options))
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: (group["weight_decay"], group["base_lr"])
+            for group in train.build_optimizer(model, args).param_groups for p in group["params"]}
+
+
+def test_matrices_decay_and_biases_and_norms_do_not(parts, tmp_path):
+    model = build(tmp_path, **parts | {"tune_mm_mlp_adapter": False}).model
+    for name, (decay, rate) in (groups := groups_of(model)).items():
+        assert decay == (0.1 if model.get_parameter(name).dim() == 2 else 0) and rate == 1e-3
+    assert groups.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_the_projector_has_a_rate_of_its_own(parts, tmp_path):
+    model = build(tmp_path, **parts | {"tune_mm_mlp_adapter": False}).model
+    groups = groups_of(model, mm_projector_lr=1e-4)
+    assert len(set(groups.values())) == 4
+    assert all(rate == (1e-4 if name.startswith("mm_projector") else 1e-3) for name, (_, rate) in groups.items())
+    rows = run_train(tmp_path, max_steps=2, warmup_steps=2, mm_projector_lr=1e-4, **parts)
+    assert rows[1]["learning_rate"] == pytest.approx([5e-3, 5e-5])
+
+
+def test_a_language_model_alone_trains_too(parts, scenes, tmp_path):
+    records = [record for record in json.loads((scenes / "talks.json").read_text()) if record["id"] == "text"]
+    (tmp_path / "text.json").write_text(json.dumps(records))
+    out = tmp_path / "out"
+    rows = run_train(out, model_name_or_path=parts["model_name_or_path"], data_path=tmp_path / "text.json", max_steps=2,
+                     version="v1", eval_data_path=tmp_path / "text.json", eval_generate=1, eval_pictures="true,blank")
+    assert math.isfinite(rows[0]["loss"]) and rows[-1]["eval_match_blank"] is None
+    assert load(out).model.vision_tower is None
+
+
+def test_every_flag_may_be_written_with_dashes():
+    given = {"int": "3", "float": "0.5", "str": "x", "bool": "True"}
+    rows = [(name, kind) for group in flags.FLAGS.values() for name, kind, *_ in group]
+    underscored, dashed = (flags.build_parser().parse_args(
+        [word for name, kind in rows for word in (f"--{name.replace('_', mark)}", given[kind.__name__])]) for mark in "_-")
+    assert vars(underscored) == vars(dashed)
+    assert all(getattr(dashed, name) == kind(given[kind.__name__]) for name, kind in rows)
+
+
+def test_a_stage_only_sets_defaults():
+    needed = words(model_name_or_path="m", data_path="d", output_dir="o")
+    args = flags.parse(["--stage", "pretrain", "--learning-rate", "5e-4", *needed])
+    assert args.learning_rate == 5e-4 and args.tune_mm_mlp_adapter and args.version == "plain"
+    assert "learning_rate" not in args.defaults_from_recipe and args.defaults_from_recipe["version"] == "plain"
+    assert flags.parse(needed).learning_rate == 5e-5
+
+
+# ------------------------------------------------------------------------------------------------------ the command itself
+
+
+def start(*command, out, **options):
+    """Start train.py in a process of its own."""
+    return subprocess.Popen([sys.executable, *map(str, command), *words(use_cpu=True, output_dir=out, **options)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_ranks_do_what_one_does_with_twice_the_batch(parts, tmp_path):
+    options = parts | {"tune_mm_mlp_adapter": False, "max_steps": 2, "log_samples": True}
+    run = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "train.py",
+                out=tmp_path / "two", **options)
+    one = run_train(tmp_path / "one", **options | {"per_device_train_batch_size": 4})
+    assert run.wait(60) == 0, run.stderr.read()
+    two = rows_of(tmp_path / "two")
+    for ours, theirs in zip(one[:1], two[:1]):  # the next step completes its short batch with records from the start
+        assert sum(theirs["ids"], []) == ours["ids"][0]
+        for key in "loss", "grad_norm", "learned_tokens", "tokens", "learning_rate":
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-5)
+    assert len(two) == 2 and two[1]["learned_tokens"] == two[0]["learned_tokens"]
+    load(tmp_path / "two")
+
+
+def test_ctrl_c_finishes_the_step_and_saves(parts, tmp_path):
+    run = start("train.py", out=tmp_path / "out", max_steps=100000, **parts)
+    while not run.stdout.readline().startswith("step 2/"):
+        assert run.poll() is None, run.stderr.read()
+    run.send_signal(signal.SIGINT)
+    said, errors = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in errors
+    steps = len(rows_of(tmp_path / "out"))
+    assert f"stopped after step {steps} of 100000" in said
+    load(tmp_path / "out")
