@@ -121,7 +121,7 @@ def comparison_questions(scene, things, rng):
             answers = "neither", f"the {name(one)}", f"the {name(two)}"
             bigger = (one.size == "big") - (two.size == "big")
             yield f"Which is bigger, {pair}", answers[bigger], ("bigger", bigger)
-            left = PLACES.index(two.place) % 3 - PLACES.index(one.place) % 3
+            left = PLACES.index(two.place) % 2 - PLACES.index(one.place) % 2
             if left:
                 left //= abs(left)
                 yield f"Which is further left, {pair}", answers[left], ("left", left)

@@ -1,12 +1,12 @@
 """The world: small pictures of coloured shapes, and the scenes behind them.
 
 A *scene* is what a picture shows, known exactly because we drew it: 1 to 4 objects, each with a size, a colour, a shape
-and a place on a 3 x 3 grid, jittered a little, before a wall and a floor of two greys. words.py turns a scene into
+and a place in one of four quarters, jittered, before a wall and a floor of two greys. words.py turns a scene into
 captions, questions and answers, as GPT-4 turned COCO's captions and boxes into LLaVA's training data.
 
-Five combinations of colour and shape (`WITHHELD`) appear in no training picture and in no training text, neither here
+Four combinations of colour and shape (`WITHHELD`) appear in no training picture and in no training text, neither here
 nor when the towers are pretrained. Every colour and every shape of them is known from other combinations, so a model
-that answers about a green star has put "green" and "star" together by itself.
+that answers about a red cross has put "red" and "cross" together by itself.
 """
 
 import dataclasses
@@ -16,14 +16,15 @@ import random
 from PIL import Image, ImageDraw
 
 COLORS = {"red": (212, 32, 32), "orange": (240, 136, 20), "yellow": (242, 222, 40), "green": (34, 158, 52),
-          "blue": (38, 70, 214), "purple": (140, 44, 170), "white": (242, 242, 242), "black": (18, 18, 18)}
-SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES = {"small": 4.4, "big": 6.9}  # radius in pixels
-PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
-WITHHELD = (("purple", "circle"), ("yellow", "square"), ("blue", "triangle"), ("green", "star"), ("red", "cross"))
+          "blue": (38, 70, 214), "purple": (140, 44, 170)}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": 5.0, "big": 8.5}  # radius in pixels
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
+WITHHELD = (("purple", "circle"), ("yellow", "square"), ("blue", "triangle"), ("red", "cross"))
 ALLOWED = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in WITHHELD)
 SIDE = 48  # pixels of a training picture
-CELL = SIDE / 3
+CELL = SIDE / 2
+COUNTS = {1: 45, 2: 30, 3: 15, 4: 10}  # per cent of the scenes; most are simple, as a small model must begin with
 SHARPNESS = 4  # a picture is drawn so many times larger, then reduced: smooth edges
 
 
@@ -57,7 +58,7 @@ def make_scene(rng, withheld=False, count=None):
     No two objects share both colour and shape, so "the red circle" always means one thing; sharing one of the two is
     common, so that neither alone tells objects apart.
     """
-    count = count or rng.randint(1, 4)
+    count = count or rng.choices(list(COUNTS), list(COUNTS.values()))[0]
     pairs = rng.sample(WITHHELD, min(count, rng.randint(1, 2))) if withheld else []
     while len(pairs) < count:
         color, shape = rng.choice(ALLOWED)
@@ -78,11 +79,11 @@ def make_scene(rng, withheld=False, count=None):
 
 
 def _make_object(rng, color, shape, cell):
-    """An object in the middle of its grid cell, give or take three pixels, and wholly inside the picture."""
+    """An object in the middle of its quarter, give or take five pixels, and wholly inside the picture."""
     size = rng.choice(list(SIZES))
     radius = SIZES[size] * rng.uniform(0.93, 1.07)
-    row, column = divmod(cell, 3)
-    x, y = (min(max(CELL * (i + 0.5) + rng.uniform(-3, 3), radius + 0.5), SIDE - radius - 0.5) for i in (column, row))
+    row, column = divmod(cell, 2)
+    x, y = (min(max(CELL * (i + 0.5) + rng.uniform(-5, 5), radius + 0.5), SIDE - radius - 0.5) for i in (column, row))
     rgb = tuple(min(max(channel + rng.randint(-12, 12), 0), 255) for channel in COLORS[color])
     return Object(size, color, shape, PLACES[cell], x, y, radius, rgb)
 
