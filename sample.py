@@ -123,7 +123,8 @@ def _room(loaded, length, request):
     """How many tokens an answer may have: max_new_tokens, or what the context leaves."""
     limit = loaded.config.text.max_position_embeddings
     if length >= limit:
-        raise ValueError(f"the prompt has {length} tokens, but the model reads {limit} at most; ask with less text or pictures")
+        raise ValueError(f"the prompt has {length} tokens, but the model reads {limit} at most; ask with less text or "
+                         "fewer pictures")
     return min(request.max_new_tokens, limit - length)
 
 
@@ -175,7 +176,8 @@ class Growing:
         """Take the next token from its scores (V,). -> the text it completes"""
         token = likeliest if self.request.temperature <= 0 else self.draw(logits)
         self.token_ids.append(token)
-        stopped = token in self.stop_ids or any(text in self.tokenizer.decode(self.token_ids) for text in self.stop_texts)
+        stopped = token in self.stop_ids or any(
+            text in self.tokenizer.decode(self.token_ids) for text in self.stop_texts)
         self.ended = stopped or len(self.token_ids) >= self.room
         piece = "" if stopped else self.stream.push(token)
         return piece + (self.stream.flush() if self.ended else "")
@@ -206,8 +208,8 @@ class Growing:
 def picture_attention(loaded, request, answer):
     """How much the answer's tokens attended to each place of each picture. -> (P, N), mean over tokens, heads, layers
 
-    One more pass over prompt and answer. Each layer's queries and keys are made a second time beside it, since the fused
-    attention never holds the weights themselves.
+    One more pass over prompt and answer. Each layer's queries and keys are made a second time beside it, since the
+    fused attention never holds the weights themselves.
     """
     example = encode(loaded, request)
     asked = len(data.pack([example], loaded.config).input_ids)
@@ -215,13 +217,14 @@ def picture_attention(loaded, request, answer):
     example.labels = [IGNORE_INDEX] * len(example.ids)
     model = loaded.model
     batch = data.pack([example], loaded.config).to(model.language_model.lm_head.weight.device)
-    writing = torch.arange(asked - 1, len(batch.input_ids) - 1, device=batch.input_ids.device)  # rows that chose a token
+    writing = torch.arange(asked - 1, len(batch.input_ids) - 1, device=batch.input_ids.device)  # rows that chose tokens
     places = (batch.input_ids == IMAGE_TOKEN_INDEX).nonzero().squeeze(1)  # (P*N,)
     maps = []
 
     def listen(attention, inputs):
         x, rotary = inputs[:2]
-        q, k = (rotate(proj(x).unflatten(-1, (-1, attention.head_dim)), *rotary) for proj in (attention.q_proj, attention.k_proj))
+        q, k = (rotate(proj(x).unflatten(-1, (-1, attention.head_dim)), *rotary)
+                for proj in (attention.q_proj, attention.k_proj))
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (T, H, K)
         scores = torch.einsum("whk,thk->hwt", q[writing], k).float() * attention.head_dim**-0.5
         future = torch.arange(len(x), device=x.device) > writing[:, None]
@@ -235,7 +238,10 @@ def picture_attention(loaded, request, answer):
 
 
 def light_up(loaded, image, attention, side=384):
-    """The picture as the tower sees it beside itself with the attended patches lit. attention (N,) -> PIL (2 side, side)"""
+    """The picture as the tower sees it, and beside it the same with the attended patches lit.
+
+    attention (N,) -> PIL (2 side, side)
+    """
     config, picture = loaded.config, as_picture(image)
     processor = loaded.image_processor
     square = processor.pad_to_square(picture) if config.image_aspect_ratio == "pad" else picture
@@ -254,10 +260,11 @@ def light_up(loaded, image, attention, side=384):
 def thumbnail(sheet, rows=14):
     """A picture as text: one character of a terminal shows two pixels, one above the other."""
     small = sheet.resize((rows * 2 * sheet.width // sheet.height, rows * 2))
+    cell = "\033[38;2;{};{};{};48;2;{};{};{}m\u2580"  # upper half block: foreground above, background below
     lines = []
     for y in range(0, small.height, 2):
         cells = [(small.getpixel((x, y)), small.getpixel((x, y + 1))) for x in range(small.width)]
-        lines.append("".join("\033[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*upper, *lower) for upper, lower in cells) + "\033[0m")
+        lines.append("".join(cell.format(*upper, *lower) for upper, lower in cells) + "\033[0m")
     return "\n".join(lines)
 
 
@@ -270,15 +277,16 @@ def main(argv=None):
     if args.adapter:
         raise ValueError("--adapter is not built yet; merge the adapter into its base first")
     if args.prompt is None and (args.json or args.attention):
-        raise ValueError(f"--{'json' if args.json else 'attention'} goes with one question, not with a chat; give --prompt")
+        raise ValueError(f"--{'json' if args.json else 'attention'} goes with one question, not a chat; give --prompt")
     if args.attention and not args.image:
         raise ValueError("--attention needs a picture: give one with --image")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {args.max_new_tokens} is too small; it is 1 or more")
     for image in args.image:
         open_picture(image)  # a wrong path is better known before a large model is loaded
-    loaded = load(args.model_name_or_path, dtype=args.dtype, device=args.device, bits=args.bits, model_base=args.model_base,
-                  vision_tower=args.vision_tower, pretrain_mm_mlp_adapter=args.pretrain_mm_mlp_adapter, conv_mode=args.conv_mode)
+    loaded = load(args.model_name_or_path, dtype=args.dtype, device=args.device, bits=args.bits,
+                  model_base=args.model_base, vision_tower=args.vision_tower,
+                  pretrain_mm_mlp_adapter=args.pretrain_mm_mlp_adapter, conv_mode=args.conv_mode)
     if args.prompt is None:
         return chat(loaded, args)
     request = make_request(args, [("human", args.prompt)])
@@ -293,7 +301,7 @@ def main(argv=None):
 def build_parser():
     """The flags; LLaVA's names where it has them."""
     parser = command.Parser(prog="sample.py", description=__doc__)
-    parser.add_argument("--model_name_or_path", default=str(MINIATURE), help="a folder or Hugging Face id (default: the miniature)")
+    parser.add_argument("--model_name_or_path", default=str(MINIATURE), help="folder or hub id; default: the miniature")
     parser.add_argument("--model_base", help="the language model of a folder that holds a projector only")
     parser.add_argument("--vision_tower", help="a CLIP folder or id that takes the place of the model's own")
     parser.add_argument("--pretrain_mm_mlp_adapter", help="mm_projector.bin, a .safetensors, or a folder with one")
@@ -302,12 +310,12 @@ def build_parser():
     parser.add_argument("--conv_mode", help="conversation template: v1, chat_template …; default: the model's own")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
     parser.add_argument("--top_k", type=int, default=50, help="draw among so many tokens at most (default 50)")
-    parser.add_argument("--top_p", type=float, help="draw among the likeliest tokens that hold this share (default: all)")
+    parser.add_argument("--top_p", type=float, help="draw among the likeliest tokens of this share (default: all)")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="the longest answer (default 512)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    parser.add_argument("--attention", metavar="OUT.png", help="write the pictures with the patches the answer attended to lit")
+    parser.add_argument("--attention", metavar="OUT.png", help="write the pictures with the attended patches lit")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--dtype", default="auto", help="auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16, float16")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on a CPU")
     parser.add_argument("--bits", type=int, default=16, help="16; 8 and 4 are not built yet")
     parser.add_argument("--adapter", help="not built yet")
     parser.add_switch("--json", help="print one JSON object and nothing else")
@@ -337,8 +345,8 @@ def stream(loaded, request, quiet=False):
         language = loaded.model.language_model  # every weight is read once per token, of the embeddings one row only
         weights = language.lm_head.weight, *language.model.layers.parameters()
         read = sum(p.numel() * p.element_size() for p in weights) * rate / 1e9
-        print(f"[{len(answer.token_ids)} tokens, first after {answer.first_token_seconds:.2f} s, then {rate:.1f} tokens/s, "
-              f"{read:.2f} GB/s of weights]", file=sys.stderr)
+        print(f"[{len(answer.token_ids)} tokens, first after {answer.first_token_seconds:.2f} s, "
+              f"then {rate:.1f} tokens/s, {read:.2f} GB/s of weights]", file=sys.stderr)
     return answer
 
 

@@ -82,7 +82,8 @@ def start_distributed(args):
 def prepare_output_dir(args):
     """Refuse to write over a finished run, and find out now, not after hours, whether the folder can be written."""
     if os.path.exists(os.path.join(args.output_dir, "config.json")) and not args.overwrite_output_dir:
-        raise ValueError(f"{args.output_dir} already holds a model; give another --output_dir or --overwrite_output_dir")
+        raise ValueError(f"{args.output_dir} already holds a model; give another --output_dir, or "
+                         "--overwrite_output_dir")
     os.makedirs(args.output_dir, exist_ok=True)
     with open(os.path.join(args.output_dir, "training_args.json"), "w", encoding="utf-8") as file:
         json.dump(vars(args), file, indent=2)
@@ -95,7 +96,8 @@ def build_model(args, device):
         args.model_name_or_path, dtype="float32", device=device, vision_tower=args.vision_tower,
         pretrain_mm_mlp_adapter=args.pretrain_mm_mlp_adapter, mm_projector_type=args.mm_projector_type,
         mm_vision_select_layer=args.mm_vision_select_layer, mm_vision_select_feature=args.mm_vision_select_feature,
-        image_aspect_ratio=args.image_aspect_ratio, mm_use_im_start_end=args.mm_use_im_start_end, projector_seed=args.seed)
+        image_aspect_ratio=args.image_aspect_ratio, mm_use_im_start_end=args.mm_use_im_start_end,
+        projector_seed=args.seed)
     model = loaded.model.requires_grad_(False)
     if model.mm_projector is not None and not args.freeze_mm_mlp_adapter:
         model.mm_projector.requires_grad_(True)
@@ -233,8 +235,8 @@ class Loop:
         if not learned:  # all was cut away or broken, as was reported: the mean over nothing is no number
             loss = loss.nan_to_num(0.0)
         if not torch.isfinite(loss):
-            raise ValueError(f"step {self.step + 1}: the loss is {loss.item()} on records {', '.join(batch.ids)}; try a "
-                             "lower --learning_rate, or look for what is odd about these records")
+            raise ValueError(f"step {self.step + 1}: the loss is {loss.item()} on records {', '.join(batch.ids)}; try "
+                             "a lower --learning_rate, or look for what is odd about these records")
         (loss / self.accumulate).backward()
         return loss.detach(), learned, len(batch.input_ids), batch.ids
 

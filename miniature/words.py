@@ -49,6 +49,19 @@ def caption(scene):
     return f"{objects(len(scene.objects))}: {join([full(thing) for thing in scene.objects])}"
 
 
+def statements(scene, rng, count=6):
+    """Single facts, one sentence each."""
+    found = []
+    for thing in scene.objects:
+        found += [f"The {name(thing)} is at the {thing.place}.", f"The {name(thing)} is {thing.size}.",
+                  f"The object at the {thing.place} is a {name(thing)}."]
+        if _unique(scene, "shape", thing):
+            found.append(f"The {thing.shape} is {thing.color}.")
+        if _unique(scene, "color", thing):
+            found.append(f"The {thing.color} object is a {thing.shape}.")
+    return " ".join(rng.sample(found, min(count, len(found))))
+
+
 def description(scene):
     """The detailed description: the caption's facts in whole sentences, with the colours and sizes summed up."""
     things = scene.objects
@@ -107,8 +120,14 @@ def presence_questions(scene, things, rng):
     near = [pair for pair in absent if any((pair[0] == color) != (pair[1] == shape) for color, shape in present)]
     for thing in things:
         yield f"Is there {a(name(thing))}?", "yes", "yes"
-    for color, shape in rng.sample(near, min(3, len(near))) + rng.sample(absent, 1):
+    for color, shape in rng.sample(near, min(2, len(near))) + rng.sample(absent, 2):
         yield f"Is there {a(f'{color} {shape}')}?", "no", "no"
+    if not strange:
+        for attribute, values, form in (("color", COLORS, "{} object"), ("shape", SHAPES, "{}")):
+            here = {getattr(thing, attribute) for thing in scene.objects}
+            for answer, some in (("yes", sorted(here)), ("no", sorted(set(values) - here))):
+                if some:
+                    yield f"Is there {a(form.format(rng.choice(some)))}?", answer, answer
 
 
 def comparison_questions(scene, things, rng):

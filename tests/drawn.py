@@ -2,8 +2,9 @@
 
 import json
 
-import train
 from PIL import Image, ImageDraw
+
+import train
 
 COLOURS = {"a.png": "red", "b.png": "green", "c.png": "blue", "d.png": "yellow", "e.png": "black"}
 CAPTION = "a circle in the picture"

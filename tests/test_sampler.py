@@ -24,7 +24,8 @@ def test_order_neither_disturbs_nor_hears_the_global_generator():
     assert torch.equal(torch.rand(3), expected) and BatchOrder(10, 2, 42).epoch() == first
 
 
-@pytest.mark.parametrize("count, batch, world", [(16, 2, 4), (17, 2, 4), (23, 4, 3), (5, 2, 2), (3, 4, 2), (1, 2, 5), (9, 1, 4)])
+@pytest.mark.parametrize("count, batch, world", [
+    (16, 2, 4), (17, 2, 4), (23, 4, 3), (5, 2, 2), (3, 4, 2), (1, 2, 5), (9, 1, 4)])
 def test_ranks_are_dealt_full_batches_as_accelerate_deals_them(count, batch, world):
     shard = pytest.importorskip("accelerate.data_loader").BatchSamplerShard
     whole = BatchOrder(count, batch, 42).epoch()

@@ -19,8 +19,8 @@ from training.sampler import BatchOrder
 from weights import load
 
 ROOT = Path(__file__).resolve().parent.parent
-ROW = ["step", "epoch", "loss", "grad_norm", "learning_rate", "learned_tokens", "tokens", "seconds", "tokens_per_second",
-       "memory_gb"]
+ROW = ["step", "epoch", "loss", "grad_norm", "learning_rate", "learned_tokens", "tokens", "seconds",
+       "tokens_per_second", "memory_gb"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def changed_parts(before, after):
     return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
 
 
-# ----------------------------------------------------------------------------------------------------------- the original
+# --------------------------------------------------------------------------------------------------------- the original
 
 
 @pytest.mark.parametrize("name", ["stage1_mha", "stage2_mha_lr1e-3"])
@@ -111,7 +111,7 @@ def test_schedules_are_those_of_transformers(kind):
         theirs.step()
 
 
-# ------------------------------------------------------------------------------------------------------------- two stages
+# ----------------------------------------------------------------------------------------------------------- two stages
 
 
 def test_stage_1_changes_the_projector_only(parts, stages, tmp_path):
@@ -162,7 +162,8 @@ def test_what_a_stage_writes_can_be_loaded_by_transformers(stages):
 def test_save_projector_only(parts, tmp_path):
     out = tmp_path / "stage1"
     run_train(out, max_steps=1, save_projector_only=True, **parts)
-    assert {file.name for file in out.iterdir()} == {"config.json", "mm_projector.bin", "log.jsonl", "training_args.json"}
+    names = {file.name for file in out.iterdir()}
+    assert names == {"config.json", "mm_projector.bin", "log.jsonl", "training_args.json"}
     assert load(out, model_base=parts["model_name_or_path"]).config.mm_projector_type == "mlp2x_gelu"
 
 
@@ -178,7 +179,7 @@ def test_stage_2_takes_the_projector_as(form, parts, stages, tmp_path):
     assert torch.equal(model.mm_projector[0].weight, load(one).model.mm_projector[0].weight)
 
 
-# -------------------------------------------------------------------------------------------- batches, steps and the rest
+# ------------------------------------------------------------------------------------------ batches, steps and the rest
 
 
 def test_accumulation_runs_on_across_the_end_of_an_epoch(parts, tmp_path):
@@ -196,26 +197,30 @@ def test_accumulation_longer_than_an_epoch_takes_the_epoch(parts, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def plain_run(parts, tmp_path_factory):
-    """Two steps of four records each, the language model trained along: the rows that other ways to it must repeat."""
-    return run_train(tmp_path_factory.mktemp("plain"), max_steps=2,
-                     **parts | {"tune_mm_mlp_adapter": False, "per_device_train_batch_size": 4})
+def all_parts(parts):
+    """Two steps of four records each, the language model trained along."""
+    return parts | {"tune_mm_mlp_adapter": False, "per_device_train_batch_size": 4, "max_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def plain_run(all_parts, tmp_path_factory):
+    """The rows that other ways to the same must repeat."""
+    return run_train(tmp_path_factory.mktemp("plain"), **all_parts)
 
 
 @pytest.mark.parametrize("options", [
     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, {"gradient_checkpointing": True},
     {"dataloader_num_workers": 1}, {"logging_steps": 3}])
-def test_the_same_numbers_another_way(parts, plain_run, tmp_path, options):
-    rows = run_train(tmp_path, **parts | {"tune_mm_mlp_adapter": False, "per_device_train_batch_size": 4, "max_steps": 1}
-                     | options)
+def test_the_same_numbers_another_way(all_parts, plain_run, tmp_path, options):
+    rows = run_train(tmp_path, **all_parts | {"max_steps": 1} | options)
     for key in "loss", "grad_norm", "learned_tokens", "tokens":
         assert rows[0][key] == pytest.approx(plain_run[0][key], rel=1e-5)
 
 
-def test_clipping_is_logged_before_and_can_be_off(parts, plain_run, tmp_path):
-    options = parts | {"tune_mm_mlp_adapter": False, "per_device_train_batch_size": 4, "max_steps": 2}
-    rows = run_train(tmp_path, max_grad_norm=0, **options)
+def test_the_norm_is_logged_before_clipping_which_can_be_off(all_parts, plain_run, tmp_path):
+    rows = run_train(tmp_path, max_grad_norm=0, **all_parts)
     assert plain_run[0]["grad_norm"] > 1 and rows[0]["grad_norm"] == plain_run[0]["grad_norm"]
+    assert rows[1]["grad_norm"] != plain_run[1]["grad_norm"]  # the clipped step was another one, if only by epsilon
 
 
 def test_a_batch_without_anything_to_learn_changes_nothing_and_is_reported(parts, scenes, tmp_path, capsys):
@@ -226,16 +231,15 @@ def test_a_batch_without_anything_to_learn_changes_nothing_and_is_reported(parts
     assert "nothing to learn is left" in capsys.readouterr().out
 
 
-def test_bfloat16_trains_float32_masters(parts, plain_run, tmp_path):
-    options = parts | {"tune_mm_mlp_adapter": False, "per_device_train_batch_size": 4, "max_steps": 2}
-    rows = run_train(tmp_path, bf16=True, **options)
+def test_bfloat16_trains_float32_masters(all_parts, plain_run, tmp_path):
+    rows = run_train(tmp_path, bf16=True, **all_parts)
     assert rows[0]["loss"] == pytest.approx(plain_run[0]["loss"], rel=0.05) and rows[0]["loss"] != plain_run[0]["loss"]
     dtypes = {our_name(name).split(".")[0]: t.dtype for name, t in load_file(tmp_path / "model.safetensors").items()}
     assert dtypes == {"vision_tower": torch.bfloat16, "mm_projector": torch.float32, "language_model": torch.float32}
     assert load(tmp_path).model.mm_projector[0].weight.dtype == torch.float32
 
 
-# --------------------------------------------------------------------------------------------------------- what is trained
+# ------------------------------------------------------------------------------------------------------ what is trained
 
 
 @pytest.mark.parametrize("options, trained", [
@@ -287,9 +291,12 @@ def test_a_language_model_alone_trains_too(parts, scenes, tmp_path):
 def test_every_flag_may_be_written_with_dashes():
     given = {"int": "3", "float": "0.5", "str": "x", "bool": "True"}
     rows = [(name, kind) for group in flags.FLAGS.values() for name, kind, *_ in group]
-    underscored, dashed = (flags.build_parser().parse_args(
-        [word for name, kind in rows for word in (f"--{name.replace('_', mark)}", given[kind.__name__])]) for mark in "_-")
-    assert vars(underscored) == vars(dashed)
+    def parsed(mark):
+        spelled = ((f"--{name.replace('_', mark)}", given[kind.__name__]) for name, kind in rows)
+        return flags.build_parser().parse_args(sum(spelled, ()))
+
+    dashed = parsed("-")
+    assert vars(parsed("_")) == vars(dashed)
     assert all(getattr(dashed, name) == kind(given[kind.__name__]) for name, kind in rows)
 
 
@@ -301,18 +308,18 @@ def test_a_stage_only_sets_defaults():
     assert flags.parse(needed).learning_rate == 5e-5
 
 
-# ------------------------------------------------------------------------------------------------------ the command itself
+# --------------------------------------------------------------------------------------------------- the command itself
 
 
 def start(*command, out, **options):
     """Start train.py in a process of its own."""
-    return subprocess.Popen([sys.executable, *map(str, command), *words(use_cpu=True, output_dir=out, **options)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, *map(str, command), *words(use_cpu=True, output_dir=out, **options)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_two_ranks_do_what_one_does_that_accumulates_twice(parts, scenes, tmp_path):
-    options = parts | {"tune_mm_mlp_adapter": False, "version": "v1", "data_path": scenes / "talks.json", "max_steps": 3,
-                       "per_device_train_batch_size": 1, "log_samples": True}
+    options = parts | {"tune_mm_mlp_adapter": False, "version": "v1", "data_path": scenes / "talks.json",
+                       "max_steps": 3, "per_device_train_batch_size": 1, "log_samples": True}
     run = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py", out=tmp_path / "two",
                 **options)
     one = run_train(tmp_path / "one", gradient_accumulation_steps=2, **options)

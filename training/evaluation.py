@@ -30,8 +30,10 @@ class Judge:
         for name in self.pictures:
             if name not in PICTURES:
                 raise ValueError(f"--eval_pictures {name!r} is not known; use {', '.join(PICTURES)}, comma-separated")
-        self.sets = {Path(path).stem: data.Records(path, args.image_folder, loaded, loaded.conv_mode, args.model_max_length)
-                     for path in (args.eval_data_path or "").split(",") if path}
+        self.sets = {}  # name -> Records
+        for path in filter(None, (args.eval_data_path or "").split(",")):
+            name = path if Path(path).stem in self.sets else Path(path).stem
+            self.sets[name] = data.Records(path, args.image_folder, loaded, loaded.conv_mode, args.model_max_length)
 
     @torch.no_grad()
     def rows(self, step):
@@ -83,8 +85,8 @@ class Judge:
         return result | {"eval_answers": answers}
 
     def show(self, asked, pictures):
-        """The pictures of every question: its own, those of the next question with as many but other ones, or grey; None
-        where there are none to put in place of its own."""
+        """The pictures of every question: its own, those of the next question with as many but other ones, or grey;
+        None where there are none to put in place of its own."""
         if pictures == "true":
             return [q.images for q in asked]
         if pictures == "blank":

@@ -1,4 +1,4 @@
-"""The flags of train.py: LLaVA's names and meaning (ModelArguments, DataArguments, TrainingArguments), HF's for the rest.
+"""The flags of train.py: LLaVA's names and meaning (Model-, Data- and TrainingArguments), HF's for the rest.
 
 Each row: name, type, default, help. `--stage` and `--recipe` change defaults (training/recipes.py); what is given on
 the command line wins over both.
@@ -75,11 +75,11 @@ FLAGS = {
         ("log_samples", bool, OFF, "write the ids of each step's records into log.jsonl"),
         ("report_to", str, "none", "none: log.jsonl only"),
         ("run_name", str, None, "without effect while report_to is none"),
-        ("eval_data_path", str, None, "one or more files (comma-separated) in the training format; each is evaluated apart"),
-        ("evaluation_strategy", str, None, "no, steps or epoch; None: steps if eval_steps is given, else at the end only"),
+        ("eval_data_path", str, None, "files in the training format, comma-separated; each is evaluated apart"),
+        ("evaluation_strategy", str, None, "no, steps or epoch; None: steps with eval_steps, else at the end only"),
         ("eval_steps", int, None, "evaluate every so many steps"),
         ("eval_generate", int, 0, "ask the first N records of each evaluation file and compare the answers"),
-        ("eval_pictures", str, "true", "pictures to ask with: true, shuffled (another record's), blank; comma-separated"),
+        ("eval_pictures", str, "true", "what to ask with: true, shuffled (another record's), blank; comma-separated"),
         ("per_device_eval_batch_size", int, 8, "records per evaluation batch; answers are decoded so many at a time"),
     ],
     "saving": [
@@ -158,4 +158,4 @@ def check(args):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} is too small; it is 1 or more")
     if args.tune_mm_mlp_adapter and args.freeze_mm_mlp_adapter:
-        raise ValueError("--tune_mm_mlp_adapter trains the projector only, --freeze_mm_mlp_adapter freezes it: drop one")
+        raise ValueError("--tune_mm_mlp_adapter trains the projector, --freeze_mm_mlp_adapter freezes it; drop one")

@@ -13,8 +13,8 @@ import torch
 class BatchOrder:
     """Batches of record indices, epoch after epoch; every rank builds the same order and takes its share.
 
-    count: records; batch: records per micro-batch and rank. On one rank, an epoch's last batch may be short; on several,
-    the epoch's first records come once more until every rank has equally many full batches (LLAVA.md 4.6).
+    count: records; batch: records per micro-batch and rank. On one rank, an epoch's last batch may be short; on
+    several, the epoch's first records come once more until all ranks have equally many full batches (LLAVA.md 4.6).
     """
 
     def __init__(self, count, batch, seed, rank=0, world=1):

@@ -1,0 +1,315 @@
+"""sample.py: company never changes an answer, draws follow the textbook, the command line keeps its promises."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from drawn import draw
+from PIL import Image
+from torch.nn.functional import one_hot
+
+import data
+import sample
+from model import IMAGE_TOKEN_INDEX, Llava
+from sample import Request, generate
+from weights import load, save
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_llama, tiny_clip):
+    """A random LLaVA with its own tokenizer and tower; its answers are nonsense of many kinds of tokens."""
+    return load(tiny_llama("gqa"), vision_tower=tiny_clip, mm_projector_type="mlp2x_gelu", projector_seed=0,
+                image_aspect_ratio="pad", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(loaded, tmp_path_factory):
+    """The same as a folder for the command line."""
+    out = tmp_path_factory.mktemp("llava")
+    save(loaded, out)
+    return out
+
+
+def ask(text, *images, **options):
+    return Request([("human", text)], list(images), **{"max_new_tokens": 12} | options)
+
+
+@pytest.fixture(scope="module")
+def mixed(scenes):
+    """Requests of every sort: text, one picture, two, short and long, stopping early and late, greedy and drawn."""
+    a, b = scenes / "a.png", scenes / "b.png"
+    return [
+        ask("What color is the circle in the picture?", a),
+        ask("How many squares? " * 8, max_new_tokens=1),
+        ask("Compare.", a, b, max_new_tokens=30),
+        ask("A first <image> and then <image> : which?", b, a),
+        ask("Hi", max_new_tokens=25),
+        ask("Hi", temperature=1.0, seed=3, max_new_tokens=25),
+        ask("Describe.", Image.open(b), temperature=0.7, top_p=0.9, top_k=None, seed=4),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(loaded, mixed):
+    return [generate(loaded, [request])[0] for request in mixed]
+
+
+# ----------------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_greedy_answers_are_the_originals(gold, together):
+    loaded = load(gold / "ckpt" / "lm_mha", vision_tower=gold / "ckpt" / "vision", image_aspect_ratio="pad",
+                  pretrain_mm_mlp_adapter=gold / "ckpt" / "projector_mlp2x.bin", dtype="float32", device="cpu")
+    recorded = json.loads((gold / "generate" / "greedy30.json").read_text())["results"]
+    recorded = [case for case in recorded if case["model"] == "lm_mha"]
+    requests = [ask(case["prompt"].split("USER: ")[1].removesuffix(" ASSISTANT:"),
+                    *(gold / "data" / "images" / name for name in case["images"]), max_new_tokens=30)
+                for case in recorded]
+    answers = generate(loaded, requests, batch_size=8 if together else 1)
+    assert [answer.prompt_ids for answer in answers] == [case["input_ids"] for case in recorded]
+    assert [answer.token_ids for answer in answers] == [case["output_ids"][1:] for case in recorded]
+    assert [answer.text for answer in answers] == [case["text"] for case in recorded]
+
+
+@pytest.mark.parametrize("order", ["as they are", "reversed", "in twos"])
+def test_company_changes_no_answer(loaded, mixed, alone, order):
+    requests, expected = (mixed[::-1], alone[::-1]) if order == "reversed" else (mixed, alone)
+    answers = generate(loaded, requests, batch_size=2 if order == "in twos" else 64)
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+    assert [answer.text for answer in answers] == [answer.text for answer in expected]
+    assert [answer.prompt_ids for answer in answers] == [answer.prompt_ids for answer in expected]
+
+
+def test_greedy_equals_reading_everything_anew_for_each_token(loaded, scenes):
+    request = ask("Compare.", scenes / "a.png", scenes / "b.png")
+    example = sample.encode(loaded, request)
+    answer = generate(loaded, [request])[0]
+    for token in answer.token_ids:
+        example.labels = [-100] * len(example.ids)
+        with torch.no_grad():
+            logits = loaded.model.logits(data.pack([example], loaded.config))[-1]
+        assert token == logits.argmax()
+        example.ids = [*example.ids, token]
+
+
+def test_the_end_token_ends_an_answer_and_is_kept_in_its_ids_only(loaded, scenes, monkeypatch):
+    request, eos = ask("What color is it?", scenes / "a.png"), loaded.tokenizer.eos_token_id
+    before = generate(loaded, [request])[0].token_ids
+    rigged = loaded.model.language_model.lm_head.weight.clone()
+    rigged[eos] = 1.01 * rigged[before[-1]]  # where the last token was likeliest, the end now is a little likelier
+    monkeypatch.setattr(loaded.model.language_model.lm_head.weight, "data", rigged)
+    answer = generate(loaded, [request])[0]
+    cut = before.index(before[-1])
+    assert cut > 0 and answer.token_ids == [*before[:cut], eos]
+    assert answer.text == loaded.tokenizer.decode(before[:cut]).strip()
+
+
+def test_answers_end_at_max_new_tokens(mixed, alone):
+    assert [len(answer.token_ids) for answer in alone] == [request.max_new_tokens for request in mixed]
+
+
+def test_the_context_limits_an_answer(loaded, monkeypatch):
+    length = len(sample.encode(loaded, ask("Hi")).ids)
+    monkeypatch.setattr(loaded.config.text, "max_position_embeddings", length + 3)
+    assert len(generate(loaded, [ask("Hi", max_new_tokens=100)])[0].token_ids) == 3
+    monkeypatch.setattr(loaded.config.text, "max_position_embeddings", length)
+    with pytest.raises(ValueError, match=f"the prompt has {length} tokens, but the model reads {length} at most"):
+        generate(loaded, [ask("Hi")])
+
+
+def test_ids_beyond_the_tokenizer_are_never_chosen(tiny_llava, scenes):
+    loaded = load(tiny_llava, device="cpu", dtype="float32")
+    head = loaded.model.language_model.lm_head.weight.data
+    words = len(loaded.tokenizer)
+    if len(head) > words:
+        head[words:] = 50 * head[:1]  # both signs happen: somewhere one of these rows would win
+    answers = generate(loaded, [ask("Hi"), ask("Hi there", temperature=5.0, top_k=0)])
+    assert all(token < words for answer in answers for token in answer.token_ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------- draws
+
+
+def reference(scores, temperature, top_k, top_p):
+    """The probabilities (V,) that the textbook draws from, one token after another."""
+    chances = [float(x) for x in (torch.tensor(scores, dtype=torch.float64) / temperature).softmax(0)]
+    order = sorted(range(len(chances)), key=lambda i: -chances[i])[: top_k or None]
+    whole, kept, held = sum(chances[i] for i in order), [], 0.0
+    for i in order:
+        if held / whole >= (top_p or 2):
+            break
+        kept.append(i)
+        held += chances[i]
+    return torch.tensor([chances[i] / held if i in kept else 0.0 for i in range(len(chances))])
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, None, None), (0.5, None, None), (1.0, 3, None), (1.0, 100, None), (2.0, None, 0.5), (1.0, None, 0.01),
+    (1.5, 8, 0.7), (1.0, 1, 0.9), (1.0, 0, 1.0)])
+def test_draws_follow_the_textbook(loaded, temperature, top_k, top_p):
+    scores = (2 * torch.randn(20, generator=torch.Generator().manual_seed(5))).tolist()
+    request = Request([], temperature=temperature, top_k=top_k, top_p=top_p)
+    growing = sample.Growing(loaded, request, torch.device("cpu"), 1)
+    drawn = torch.tensor([growing.draw(torch.tensor(scores)) for _ in range(4000)])
+    found, expected = drawn.bincount(minlength=20) / 4000, reference(scores, temperature, top_k, top_p)
+    assert torch.equal(found > 0, expected > 0) or expected[found == 0].max() < 2e-3 and not found[expected == 0].any()
+    assert (found - expected).abs().max() < 0.03
+
+
+def test_a_seed_repeats_an_answer_and_another_gives_another(loaded):
+    first, again, other = generate(loaded, [ask("Hi", temperature=1.0, seed=seed) for seed in (1, 1, 2)])
+    assert first.token_ids == again.token_ids != other.token_ids
+
+
+def test_cold_draws_are_greedy(loaded):
+    cold, greedy = generate(loaded, [ask("Hi", temperature=1e-4), ask("Hi")])
+    assert cold.token_ids == greedy.token_ids
+
+
+# --------------------------------------------------------------------------------------------------- prompts and pieces
+
+
+@pytest.mark.parametrize("text, count, same_as", [
+    ("What?", 1, "<image>\nWhat?"),
+    ("What?", 2, "<image>\n<image>\nWhat?"),
+    ("Here <image-placeholder> what?", 1, "Here <image> what?"),
+    ("<image-placeholder><image-placeholder>\nWhat?", 2, "<image><image>\nWhat?")])
+def test_pictures_stand_where_the_tags_are_and_otherwise_first(loaded, scenes, text, count, same_as):
+    pictures = [scenes / "a.png", scenes / "b.png"][:count]
+    ids = sample.encode(loaded, ask(text, *pictures)).ids
+    assert ids.count(IMAGE_TOKEN_INDEX) == count
+    assert ids == sample.encode(loaded, ask(same_as, *pictures)).ids
+
+
+def test_pictures_go_before_the_first_question_of_a_conversation(loaded, scenes):
+    messages = [("human", "What?"), ("gpt", "A circle."), ("human", "Its color?")]
+    tagged = [("human", "<image>\nWhat?"), *messages[1:]]
+    assert (sample.encode(loaded, Request(messages, [scenes / "a.png"])).ids
+            == sample.encode(loaded, Request(tagged, [scenes / "a.png"])).ids)
+
+
+def test_a_tag_without_a_picture_is_mere_text(loaded):
+    assert IMAGE_TOKEN_INDEX not in sample.encode(loaded, ask("What is an <image> tag?")).ids
+
+
+@pytest.mark.parametrize("tags, pictures", [(1, 2), (2, 1)])
+def test_tags_and_pictures_must_agree(loaded, scenes, tags, pictures):
+    with pytest.raises(ValueError, match=f"{pictures} pictures for {tags} <image> tags"):
+        generate(loaded, [ask("<image>" * tags, *[scenes / "a.png"] * pictures)])
+
+
+@pytest.fixture
+def sentence(loaded, monkeypatch):
+    """What every model now says, whatever it is asked; with characters that take several tokens of one byte each."""
+    text = "The circle is d\u00e9j\u00e0 red, \u4f60\u597d left of 3 squares."
+    ids = [*loaded.tokenizer.encode(text, bos=False), loaded.tokenizer.eos_token_id]
+
+    def say(self, batch, cache):
+        rows = len(batch.cu_seqlens) - 1
+        self.script = iter(ids) if len(batch.input_ids) > rows else self.script  # a new prompt begins anew
+        return one_hot(torch.tensor([next(self.script)] * rows), self.config.text.vocab_size).float()
+
+    monkeypatch.setattr(Llava, "last_logits", say)
+    return text
+
+
+def test_pieces_join_to_the_text(loaded, sentence):
+    pieces = {i: [] for i in range(5)}
+    requests = [ask("Hi", max_new_tokens=limit) for limit in (100, 1, 4, 50, 20)]  # none of them within a character
+    answers = generate(loaded, requests, lambda i, piece: pieces[i].append(piece), batch_size=3)
+    assert ["".join(pieces[i]).strip() for i in range(5)] == [answer.text for answer in answers]
+    assert answers[0].text == sentence and len(pieces[0]) > 5 and all(pieces[0])
+    assert "\ufffd" not in "".join(pieces[0])  # never half a character
+
+
+# ------------------------------------------------------------------------------------------------------ where it looked
+
+
+def test_attention_maps_are_the_mean_of_transformers_attentions(tiny_llava, scenes):
+    transformers = pytest.importorskip("transformers")
+    loaded = load(tiny_llava, device="cpu", dtype="float32")
+    request = ask("First <image> then <image> .", scenes / "a.png", scenes / "b.png", max_new_tokens=5)
+    answer = generate(loaded, [request])[0]
+    maps = sample.picture_attention(loaded, request, answer)
+    assert maps.shape == (2, 4) and (maps > 0).all() and maps.sum() < 1
+
+    example = sample.encode(loaded, request)
+    example.ids = example.ids + answer.token_ids
+    example.labels = [-100] * len(example.ids)
+    batch = data.pack([example], loaded.config)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(
+        tiny_llava, dtype=torch.float32, attn_implementation="eager")
+    slots = batch.input_ids == IMAGE_TOKEN_INDEX
+    with torch.no_grad():
+        attentions = theirs(input_ids=batch.input_ids.masked_fill(slots, 400)[None], pixel_values=batch.pixel_values,
+                            output_attentions=True).attentions  # layers of (1, H, T, T)
+    writing = range(len(batch.input_ids) - len(answer.token_ids) - 1, len(batch.input_ids) - 1)
+    expected = torch.stack(attentions)[:, 0].mean((0, 1))[writing].mean(0)[slots].view(2, 4)
+    assert torch.allclose(maps, expected, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def say(folder, *words):
+    """sample.py's command line, within this process."""
+    assert sample.main(list(map(str, ["--model_name_or_path", folder, "--device", "cpu", *words]))) == 0
+
+
+def test_json_is_all_of_stdout_with_exactly_these_keys(folder, loaded, scenes, capsys):
+    say(folder, "--image", scenes / "a.png", scenes / "b.png", "--prompt", "Compare.", "--max-new-tokens", 5, "--json")
+    said = json.loads(capsys.readouterr().out)
+    assert said.keys() == {"text", "token_ids", "prompt_ids", "tokens_per_second", "seconds", "first_token_seconds",
+                           "conv_mode"}
+    expected = generate(loaded, [ask("Compare.", scenes / "a.png", scenes / "b.png", max_new_tokens=5)])[0]
+    assert (said["text"], said["token_ids"]) == (expected.text, expected.token_ids)
+    assert said["prompt_ids"] == expected.prompt_ids
+    assert said["prompt_ids"].count(-200) == 2 and said["tokens_per_second"] > 0
+
+
+def test_the_answer_is_all_of_stdout(folder, sentence, capsys):
+    say(folder, "--prompt", "Hi")
+    assert capsys.readouterr().out == sentence + "\n"
+
+
+def test_settings_of_the_command_line_reach_the_answer(folder, loaded, capsys):
+    say(folder, "--prompt", "Hi", "--max_new_tokens", 12, "--temperature", 0.8, "--top_k", 20, "--top_p", 0.9,
+        "--seed", 5, "--json")
+    expected = generate(loaded, [ask("Hi", temperature=0.8, top_k=20, top_p=0.9, seed=5)])[0]
+    assert json.loads(capsys.readouterr().out)["token_ids"] == expected.token_ids
+
+
+@pytest.mark.parametrize("names", [["a.png"], ["a.png", "b.png"]])
+def test_attention_is_drawn_into_a_file(folder, scenes, tmp_path, capsys, names):
+    say(folder, "--image", *(scenes / name for name in names), "--prompt", "What?", "--max_new_tokens", 3,
+        "--attention", tmp_path / "map.png", "--json")
+    json.loads(capsys.readouterr().out)
+    assert Image.open(tmp_path / "map.png").size == (768, 384 * len(names))
+
+
+def test_a_chat_remembers_what_was_said(folder, scenes, capsys, monkeypatch):
+    asked = []
+
+    def overhear(loaded, requests, on_token=None):
+        asked.append((list(requests[0].messages), requests[0].images))
+        return generate(loaded, requests, on_token)
+
+    monkeypatch.setattr(sample, "generate", overhear)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nIts color?\n\nnever read\n"))
+    say(folder, "--image", scenes / "a.png", "--max_new_tokens", 4)
+    (first, _), (second, images) = asked
+    assert second[:1] == first == [("human", "What is it?")] and second[2] == ("human", "Its color?")
+    assert second[1][0] == "gpt" and second[1][1] in capsys.readouterr().out and images == [str(scenes / "a.png")]
+
+
+def test_a_chat_ends_with_its_input(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    say(folder)
