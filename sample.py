@@ -138,12 +138,11 @@ def encode(loaded, request):
         messages[0] = (role, f"{IMAGE_TAG}\n" * len(request.images) + text)
     if loaded.config.mm_use_im_start_end:
         messages = [(role, text.replace(IMAGE_TAG, f"<im_start>{IMAGE_TAG}<im_end>")) for role, text in messages]
-    prompt = templates.render(loaded.conv_mode, messages, loaded.tokenizer, open=True).prompt
-    bos = loaded.conv_mode != templates.CHAT
+    rendered = templates.render(loaded.conv_mode, messages, loaded.tokenizer, open=True)
     if request.images:
-        ids, _ = data.encode_prompt(prompt, loaded.tokenizer, bos)
+        ids, _ = data.encode_prompt(rendered.prompt, loaded.tokenizer, rendered.bos)
     else:  # without a picture the tag is mere text
-        ids = loaded.tokenizer.encode(prompt, bos)
+        ids = loaded.tokenizer.encode(rendered.prompt, rendered.bos)
     if ids.count(IMAGE_TOKEN_INDEX) != len(request.images):
         raise ValueError(f"{len(request.images)} pictures for {ids.count(IMAGE_TOKEN_INDEX)} {IMAGE_TAG} tags; "
                          "give one picture per tag, or no tags")

@@ -23,20 +23,19 @@ import data
 import weights
 from kernels.attention import Packing
 from miniature import records, words
-from miniature.world import SIDE, draw, make_scene
+from miniature.world import SIDE, draw, make_scene, with_other_shapes
 from model import IGNORE_INDEX, LlamaConfig, LlamaModel, Llava, LlavaConfig
 from tokenizer import SPACE, Tokenizer
 from vision import ClipVision, ClipVisionConfig, ImageProcessor
 
 VISION = ClipVisionConfig(hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
                           image_size=SIDE, patch_size=12)
-LANGUAGE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=100.0)
+LANGUAGE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8, head_dim=16,
+                num_key_value_heads=4, max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=1000.0)
 PIECES = 576  # of the tokenizer: 3 special, 256 bytes, the world's words
-TEXT_COUNTS = {1: 15, 2: 50, 3: 20, 4: 15}  # per cent; with one object there is nothing to look up
 
 
-def write_towers(folder, seed=0, clip_steps=700, llama_steps=1500, say=print):
+def write_towers(folder, seed=0, clip_steps=600, llama_steps=800, say=print):
     """Train tokenizer, CLIP and LLaMA and write folder/vision and folder/llm."""
     folder = Path(folder)
     tokenizer = write_tokenizer(folder / "llm", seed)
@@ -53,7 +52,8 @@ def write_tokenizer(folder, seed):
     texts = [turn["value"].replace("<image>\n", "")
              for record in records.caption_records(f"tokenizer {seed}", 1000)[0] + records.finetune_records(f"tokenizer {seed}", 3000)[0]
              for turn in record["conversations"]]
-    texts += [data.templates.TEMPLATES["v1"].system, "USER: ASSISTANT: USER: ASSISTANT:"] * 300
+    texts += [data.templates.TEMPLATES["v1"].system, "USER: ASSISTANT: USER: ASSISTANT:",
+              "color shape place size"] * 300
     special = ["<unk>", "<s>", "</s>"]
     library = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     library.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
@@ -104,7 +104,8 @@ def write_clip(folder, tokenizer, seed, steps, say, batch=64):
     rng, process, model = random.Random(f"clip {seed}"), ImageProcessor(SIDE), Clip(len(tokenizer))
 
     def loss():
-        scenes = [make_scene(rng) for _ in range(batch)]
+        scenes = [make_scene(rng) for _ in range(batch // 2)]
+        scenes += [with_other_shapes(scene, rng) for scene in scenes]
         pixels = torch.cat([process(draw(scene)) for scene in scenes])
         return model(pixels, pack([text_example(tokenizer, "", words.caption(scene)) for scene in scenes]))
 
@@ -121,29 +122,54 @@ def write_clip(folder, tokenizer, seed, steps, say, batch=64):
 # --------------------------------------------------------------------------------------------------------------- LLaMA
 
 
-def write_llama(folder, tokenizer, seed, steps, say, batch=16):
-    """Train a LLaMA on texts alone and write it as a LlamaForCausalLM."""
+def write_llama(folder, tokenizer, seed, steps, say, batch=32):
+    """Train a LLaMA on texts alone and write it as a LlamaForCausalLM.
+
+    For the first 3/8 of the steps it only looks things up in lists (`notes`): a look-up per three words teaches its
+    heads to find one thing by another, which conversations, with an answer per dozen words, do not within minutes.
+    """
     torch.manual_seed(seed)
-    rng = random.Random(f"llama {seed}")
+    rng, numbers = random.Random(f"llama {seed}"), iter(range(steps))
     config = LlavaConfig(LlamaConfig(**LANGUAGE, vocab_size=len(tokenizer)))
     model = Llava(config)
-    nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.5)  # words must be heard above the first layers
-    fit(model, lambda: model.loss(pack([text(tokenizer, rng) for _ in range(batch)])), steps, 1e-3, "llama", say)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:  # a word must be heard above what the first layers add to it
+            nn.init.normal_(p, std=1.0 if "embed_tokens" in name else 0.02 if "lm_head" in name else p.shape[1] ** -0.5)
+
+    def loss():
+        share = 1.0 if next(numbers) < 0.375 * steps else 0.1
+        return model.loss(pack([notes(tokenizer, rng) if rng.random() < share else text(tokenizer, rng) for _ in range(batch)]))
+
+    fit(model, loss, steps, 3e-3, "llama", say)
     weights.save(weights.Loaded(model, tokenizer, None, config, "v1"), folder)
+
+
+def notes(tokenizer, rng, count=14):
+    """A list of things, then look-ups in few words: "color circle red", "place red circle top-left"."""
+    scene = make_scene(rng, count=rng.randint(2, 4))
+    ids = tokenizer.encode(listing(scene, rng))
+    labels = [IGNORE_INDEX] * len(ids)
+    for _ in range(count):
+        thing = rng.choice(scene.objects)
+        keys = {"place": thing.place, "color and shape": words.name(thing)}
+        keys |= {kind: getattr(thing, kind) for kind in ("color", "shape") if words.unique(scene, kind, thing)}
+        known = rng.choice(list(keys))
+        wanted = rng.choice([kind for kind in ("color", "shape", "place", "size") if kind not in known])
+        asked, told = (tokenizer.encode(words_, bos=False) for words_ in (f"{wanted} {keys[known]}", getattr(thing, wanted)))
+        ids += asked + told
+        labels += [IGNORE_INDEX] * len(asked) + told
+    return data.Example("notes", ids, labels)
 
 
 def text(tokenizer, rng):
     """One text about a scene, as an Example. Where a picture will stand later, words stand now: a bare list of things.
 
-    Mostly a conversation about the list; or the list retold as a caption, a description or in single statements.
+    Mostly a conversation about the list; or the list retold as a caption or a description, or reasoned about.
     """
-    scene = make_scene(rng, count=rng.choices(list(TEXT_COUNTS), list(TEXT_COUNTS.values()))[0])
-    seen = listing(scene, rng)
-    form = rng.random()
-    if form < 0.35:
+    scene = make_scene(rng, count=rng.randint(1, 4))
+    seen, form = listing(scene, rng), rng.random()
+    if form < 0.15:
         return text_example(tokenizer, seen, words.caption(scene) + "\n")
-    if form < 0.5:
-        return text_example(tokenizer, seen, words.statements(scene, rng))
     if form < 0.9:
         turns = words.dialogue(scene, rng, records.TURNS)
     else:
@@ -175,18 +201,24 @@ def pack(examples):
 
 
 def fit(model, loss_of_next_batch, steps, learning_rate, name, say):
-    """AdamW; the rate rises for 50 steps and falls to nothing over the second half."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for the rest; the rates rise for 50 steps and fall
+    over the last third. Within this few steps, AdamW alone does not find the heads that look things up."""
+    matrices = {p for n, p in model.named_parameters() if "layers" in n and p.ndim == 2}
+    others = [p for p in model.parameters() if p not in matrices]
+    optimizers = [torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+                  torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)]
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     began, course = time.perf_counter(), 0.0
     for step in range(1, steps + 1):
-        factor = min(1, step / 50, 2 * (steps - step + 1) / steps)
-        optimizer.param_groups[0]["lr"] = learning_rate * factor
         loss = loss_of_next_batch()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, rate in zip(optimizers, rates):
+            optimizer.param_groups[0]["lr"] = rate * min(1, step / 50, 3 * (steps - step + 1) / steps)
+            optimizer.step()
+            optimizer.zero_grad()
         course = loss.item() if step == 1 else 0.98 * course + 0.02 * loss.item()
         if step % 100 == 0 or step == steps:
             spent = time.perf_counter() - began
-            say(f"{name}: step {step}/{steps}, loss {course:.3f}, {spent:.0f} s, ETA {spent / step * (steps - step):.0f} s", flush=True)
+            say(f"{name}: step {step}/{steps}, loss {course:.3f}, {spent:.0f} s, ETA {spent / step * (steps - step):.0f} s",
+                flush=True)

@@ -49,19 +49,6 @@ def caption(scene):
     return f"{objects(len(scene.objects))}: {join([full(thing) for thing in scene.objects])}"
 
 
-def statements(scene, rng, count=6):
-    """Single facts, one sentence each."""
-    found = []
-    for thing in scene.objects:
-        found += [f"The {name(thing)} is at the {thing.place}.", f"The {name(thing)} is {thing.size}.",
-                  f"The object at the {thing.place} is a {name(thing)}."]
-        if _unique(scene, "shape", thing):
-            found.append(f"The {thing.shape} is {thing.color}.")
-        if _unique(scene, "color", thing):
-            found.append(f"The {thing.color} object is a {thing.shape}.")
-    return " ".join(rng.sample(found, min(count, len(found))))
-
-
 def description(scene):
     """The detailed description: the caption's facts in whole sentences, with the colours and sizes summed up."""
     things = scene.objects
@@ -69,7 +56,7 @@ def description(scene):
     return start + join([full(thing) for thing in things]) + "."
 
 
-def _unique(scene, attribute, thing):
+def unique(scene, attribute, thing):
     """No other object has the same colour, or shape."""
     return sum(getattr(other, attribute) == getattr(thing, attribute) for other in scene.objects) == 1
 
@@ -81,7 +68,7 @@ def color_questions(scene, things, rng):
     """What colour something has, named by its shape where that is unique, or by its place."""
     for thing in things:
         yield f"What color is the object at the {thing.place}?", thing.color, thing.color
-        if _unique(scene, "shape", thing):
+        if unique(scene, "shape", thing):
             yield f"What color is the {thing.shape}?", thing.color, thing.color
 
 
@@ -89,7 +76,7 @@ def shape_questions(scene, things, rng):
     """What shape something has, named by its colour where that is unique, or by its place."""
     for thing in things:
         yield f"What shape is the object at the {thing.place}?", thing.shape, thing.shape
-        if _unique(scene, "color", thing):
+        if unique(scene, "color", thing):
             yield f"What shape is the {thing.color} object?", thing.shape, thing.shape
 
 

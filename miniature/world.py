@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 COLORS = {"red": (212, 32, 32), "orange": (240, 136, 20), "yellow": (242, 222, 40), "green": (34, 158, 52),
           "blue": (38, 70, 214), "purple": (140, 44, 170)}
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 5.0, "big": 8.5}  # radius in pixels
+SIZES = {"small": 6.0, "big": 10.0}  # radius in pixels
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
 WITHHELD = (("purple", "circle"), ("yellow", "square"), ("blue", "triangle"), ("red", "cross"))
 ALLOWED = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in WITHHELD)
@@ -79,13 +79,22 @@ def make_scene(rng, withheld=False, count=None):
 
 
 def _make_object(rng, color, shape, cell):
-    """An object in the middle of its quarter, give or take five pixels, and wholly inside the picture."""
+    """An object in the middle of its quarter, give or take 2.5 pixels, and wholly inside the picture."""
     size = rng.choice(list(SIZES))
     radius = SIZES[size] * rng.uniform(0.93, 1.07)
     row, column = divmod(cell, 2)
-    x, y = (min(max(CELL * (i + 0.5) + rng.uniform(-5, 5), radius + 0.5), SIDE - radius - 0.5) for i in (column, row))
+    x, y = (min(max(CELL * (i + 0.5) + rng.uniform(-2.5, 2.5), radius + 0.5), SIDE - radius - 0.5) for i in (column, row))
     rgb = tuple(min(max(channel + rng.randint(-12, 12), 0), 255) for channel in COLORS[color])
     return Object(size, color, shape, PLACES[cell], x, y, radius, rgb)
+
+
+def with_other_shapes(scene, rng):
+    """The same scene with every shape drawn anew: what only an eye for shapes can tell from the first."""
+    while True:
+        pairs = [(thing.color, rng.choice(SHAPES)) for thing in scene.objects]
+        if len(set(pairs)) == len(pairs) and all(pair in ALLOWED for pair in pairs):
+            objects = [dataclasses.replace(thing, shape=shape) for thing, (_, shape) in zip(scene.objects, pairs)]
+            return dataclasses.replace(scene, objects=objects)
 
 
 def draw(scene, side=SIDE):
