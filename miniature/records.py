@@ -1,7 +1,7 @@
 """The world as files: pictures, and records in LLaVA's JSON about them (LLAVA.md 4.1, 9.1).
 
     OUT/pretrain.json    stage 1: one caption per picture
-    OUT/finetune.json    stage 2: conversations, detailed descriptions, reasoning, some text only, some with two pictures
+    OUT/finetune.json    stage 2: conversations, descriptions, reasoning, some text only, some with two pictures
     OUT/eval.json        held-out pictures, one question per record, with its `kind`; answers balanced within a kind
     OUT/unseen.json      the same on combinations of colour and shape that no training picture or text contains
     OUT/pictures/SET/NUMBER.png
@@ -44,8 +44,9 @@ def record(name, number, turns, images=None, **more):
     """One record: `turns` is [(question, answer)]; a picture's tag stands before the first question."""
     tags = "<image>\n" * (len(images) if isinstance(images, list) else images is not None)
     said = [(tags * (i == 0) + question, answer) for i, (question, answer) in enumerate(turns)]
+    messages = [{"from": role, "value": value} for pair in said for role, value in zip(("human", "gpt"), pair)]
     return {"id": f"{name}-{number:06d}", **({} if images is None else {"image": images}), **more,
-            "conversations": [{"from": role, "value": value} for pair in said for role, value in zip(("human", "gpt"), pair)]}
+            "conversations": messages}
 
 
 def caption_records(seed, count):
@@ -61,8 +62,8 @@ def finetune_records(seed, count):
     rng = random.Random(f"finetune {seed}")
     records, scenes = [], []
 
-    def look(withheld=False):
-        scenes.append(make_scene(rng, withheld))
+    def look():
+        scenes.append(make_scene(rng))
         return scenes[-1], picture("finetune", len(scenes) - 1)
 
     for number, part in enumerate(rng.choices(list(SHARES), list(SHARES.values()), k=count)):
@@ -73,9 +74,12 @@ def finetune_records(seed, count):
             turns, image = two_picture_turns(one, two, rng), [first, second]
         else:
             scene, image = look()
-            turns = {"conversation": lambda: words.dialogue(scene, rng, TURNS),
-                     "description": lambda: [(rng.choice(words.DETAIL_REQUESTS), words.description(scene))],
-                     "reasoning": lambda: [words.reasoning(scene, rng)]}[part]()
+            if part == "conversation":
+                turns = words.dialogue(scene, rng, TURNS)
+            elif part == "description":
+                turns = [(rng.choice(words.DETAIL_REQUESTS), words.description(scene))]
+            else:
+                turns = [words.reasoning(scene, rng)]
         records.append(record("finetune", number, turns, image))
     return records, scenes
 
@@ -101,24 +105,20 @@ def two_picture_turns(one, two, rng):
 
 
 def question_records(seed, count, withheld=False):
-    """Evaluation: (records, scenes), `count` per kind and as many descriptions / 2, one picture and one question each.
+    """Evaluation: (records, scenes), `count` per kind and half as many descriptions, one picture and one question each.
 
     Within a kind, its groups of answers take turns, so that each is right equally often. With `withheld` every question
-    is about a withheld combination.
+    is about a withheld combination. The order is random: any part of the file holds all kinds, and to show a record its
+    neighbour's picture is to show it any picture.
     """
     name = "unseen" if withheld else "eval"
     rng = random.Random(f"{name} {seed}")
-    records, scenes = [], []
-    for kind in words.KINDS:
-        for number in range(count):
-            scene, turn = _scene_for(kind, number, rng, withheld)
-            records.append(record(name, len(scenes), [turn], picture(name, len(scenes)), kind=kind))
-            scenes.append(scene)
-    for _ in range(count // 2):
-        scenes.append(make_scene(rng, withheld))
-        turn = words.DETAIL_REQUESTS[0], words.description(scenes[-1])
-        records.append(record(name, len(records), [turn], picture(name, len(records)), kind="description"))
-    return records, scenes
+    asked = [(kind, *_scene_for(kind, number, rng, withheld)) for kind in words.KINDS for number in range(count)]
+    for scene in [make_scene(rng, withheld) for _ in range(count // 2)]:
+        asked.append(("description", scene, (words.DETAIL_REQUESTS[0], words.description(scene))))
+    rng.shuffle(asked)
+    records = [record(name, i, [turn], picture(name, i), kind=kind) for i, (kind, _, turn) in enumerate(asked)]
+    return records, [scene for _, scene, _ in asked]
 
 
 def _scene_for(kind, number, rng, withheld):
@@ -126,7 +126,7 @@ def _scene_for(kind, number, rng, withheld):
     groups = words.GROUPS[kind]
     if withheld and kind in ("color", "shape"):
         groups = [pair[kind == "shape"] for pair in words.WITHHELD]
-    wanted = groups[number % len(groups)]
+    wanted = list(groups)[number % len(groups)]
     while True:
         scene = make_scene(rng, withheld)
         asked = scene.objects if not withheld else [t for t in scene.objects if (t.color, t.shape) in words.WITHHELD]

@@ -1,8 +1,9 @@
 """The miniature's towers: a CLIP that has seen the world and a LLaMA that has read about it, neither of the other.
 
 LLaVA starts from towers that somebody pretrained on far more than it will ever see. So does the miniature: a small CLIP
-learns which caption belongs to which picture (Radford et al. 2021), a small LLaMA learns to read and answer in words, and
-both are written as public checkpoints, which train.py then loads like any other. Neither meets a withheld combination.
+learns which caption belongs to which picture (Radford et al. 2021), a small LLaMA learns to read and to answer in
+words, and both are written as public checkpoints, which train.py then loads like any other. Neither meets a withheld
+combination.
 
 Legend: B pictures or texts of a batch, D width of the shared space, V vocabulary.
 """
@@ -30,8 +31,8 @@ from vision import ClipVision, ClipVisionConfig, ImageProcessor
 
 VISION = ClipVisionConfig(hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
                           image_size=SIDE, patch_size=12)
-LANGUAGE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8, head_dim=16,
-                num_key_value_heads=4, max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=1000.0)
+LANGUAGE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=1024, rms_norm_eps=1e-5)
 PIECES = 576  # of the tokenizer: 3 special, 256 bytes, the world's words
 
 
@@ -49,18 +50,22 @@ def write_towers(folder, seed=0, clip_steps=600, llama_steps=800, say=print):
 
 def write_tokenizer(folder, seed):
     """A LLaMA-like tokenizer (byte-pair encoding, byte fallback, `legacy` false) of the world's texts. -> Tokenizer"""
+    captions, _ = records.caption_records(f"tokenizer {seed}", 1000)
+    conversations, _ = records.finetune_records(f"tokenizer {seed}", 3000)
     texts = [turn["value"].replace("<image>\n", "")
-             for record in records.caption_records(f"tokenizer {seed}", 1000)[0] + records.finetune_records(f"tokenizer {seed}", 3000)[0]
-             for turn in record["conversations"]]
+             for record in captions + conversations for turn in record["conversations"]]
     texts += [data.templates.TEMPLATES["v1"].system, "USER: ASSISTANT: USER: ASSISTANT:",
               "color shape place size"] * 300
     special = ["<unk>", "<s>", "</s>"]
     library = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     library.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(f"{SPACE}?[A-Za-z-]+|{SPACE}?[^A-Za-z{SPACE}]|{SPACE}"), "isolated")
-    library.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    words_and_marks = tokenizers.Regex(f"{SPACE}?[A-Za-z-]+|{SPACE}?[^A-Za-z{SPACE}]|{SPACE}")
+    library.pre_tokenizer = pre_tokenizers.Split(words_and_marks, "isolated")
+    library.decoder = decoders.Sequence([
+        decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     pieces = special + [f"<0x{byte:02X}>" for byte in range(256)]
-    library.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=PIECES, special_tokens=pieces, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=PIECES, special_tokens=pieces, show_progress=False)
+    library.train_from_iterator(texts, trainer)
     spec = json.loads(library.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in special]
     spec["pre_tokenizer"] = None  # it kept the pieces within words; LLaMA's format has none, and the merges do without
@@ -68,7 +73,8 @@ def write_tokenizer(folder, seed):
     (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False,
-        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": LANGUAGE["max_position_embeddings"],
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "model_max_length": LANGUAGE["max_position_embeddings"],
     }, indent=2))
     return Tokenizer.from_folder(folder)
 
@@ -77,7 +83,7 @@ def write_tokenizer(folder, seed):
 
 
 class Clip(nn.Module):
-    """Both halves of CLIP: vision_model as ClipVision, a LLaMA of two layers that reads captions, and the shared space."""
+    """Both halves of CLIP: the vision tower, a LLaMA of two layers that reads captions, and the space they share."""
 
     def __init__(self, vocabulary):
         super().__init__()
@@ -109,12 +115,13 @@ def write_clip(folder, tokenizer, seed, steps, say, batch=64):
         pixels = torch.cat([process(draw(scene)) for scene in scenes])
         return model(pixels, pack([text_example(tokenizer, "", words.caption(scene)) for scene in scenes]))
 
-    fit(model, loss, steps, 2e-3, "clip", say)
+    fit(model, loss, steps, 2e-3, 0.02, "clip", say)
     tensors = {**model.vision.state_dict(), **{f"vision_model.post_layernorm.{name}": tensor
                for name, tensor in model.post_layernorm.state_dict().items()}}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = vars(VISION) | {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "dtype": "float32"}
+    config = vars(VISION) | {
+        "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "preprocessor_config.json").write_text(json.dumps(process.to_dict(), indent=2))
 
@@ -134,13 +141,15 @@ def write_llama(folder, tokenizer, seed, steps, say, batch=32):
     model = Llava(config)
     for name, p in model.named_parameters():
         if p.ndim == 2:  # a word must be heard above what the first layers add to it
-            nn.init.normal_(p, std=1.0 if "embed_tokens" in name else 0.02 if "lm_head" in name else p.shape[1] ** -0.5)
+            nn.init.normal_(p, std=0.5 if "embed_tokens" in name else 0.02 if "lm_head" in name else p.shape[1] ** -0.5)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            p.data *= 0.1
 
     def loss():
         share = 1.0 if next(numbers) < 0.375 * steps else 0.1
-        return model.loss(pack([notes(tokenizer, rng) if rng.random() < share else text(tokenizer, rng) for _ in range(batch)]))
+        return model.loss(pack([(notes if rng.random() < share else text)(tokenizer, rng) for _ in range(batch)]))
 
-    fit(model, loss, steps, 3e-3, "llama", say)
+    fit(model, loss, steps, 8e-3, 0.01, "llama", say)
     weights.save(weights.Loaded(model, tokenizer, None, config, "v1"), folder)
 
 
@@ -155,7 +164,8 @@ def notes(tokenizer, rng, count=14):
         keys |= {kind: getattr(thing, kind) for kind in ("color", "shape") if words.unique(scene, kind, thing)}
         known = rng.choice(list(keys))
         wanted = rng.choice([kind for kind in ("color", "shape", "place", "size") if kind not in known])
-        asked, told = (tokenizer.encode(words_, bos=False) for words_ in (f"{wanted} {keys[known]}", getattr(thing, wanted)))
+        asked = tokenizer.encode(f"{wanted} {keys[known]}", bos=False)
+        told = tokenizer.encode(getattr(thing, wanted), bos=False)
         ids += asked + told
         labels += [IGNORE_INDEX] * len(asked) + told
     return data.Example("notes", ids, labels)
@@ -200,13 +210,13 @@ def pack(examples):
     return data.pack(examples, LlavaConfig())
 
 
-def fit(model, loss_of_next_batch, steps, learning_rate, name, say):
-    """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for the rest; the rates rise for 50 steps and fall
-    over the last third. Within this few steps, AdamW alone does not find the heads that look things up."""
+def fit(model, loss_of_next_batch, steps, learning_rate, matrix_rate, name, say):
+    """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for the rest; the rates rise for 50 steps and
+    fall over the last third. Within this few steps, AdamW alone does not find the heads that look things up."""
     matrices = {p for n, p in model.named_parameters() if "layers" in n and p.ndim == 2}
     others = [p for p in model.parameters() if p not in matrices]
     optimizers = [torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-                  torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)]
+                  torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.0)]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     began, course = time.perf_counter(), 0.0
     for step in range(1, steps + 1):
@@ -220,5 +230,5 @@ def fit(model, loss_of_next_batch, steps, learning_rate, name, say):
         course = loss.item() if step == 1 else 0.98 * course + 0.02 * loss.item()
         if step % 100 == 0 or step == steps:
             spent = time.perf_counter() - began
-            say(f"{name}: step {step}/{steps}, loss {course:.3f}, {spent:.0f} s, ETA {spent / step * (steps - step):.0f} s",
-                flush=True)
+            left = spent / step * (steps - step)
+            say(f"{name}: step {step}/{steps}, loss {course:.3f}, {spent:.0f} s, ETA {left:.0f} s", flush=True)

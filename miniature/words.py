@@ -1,9 +1,9 @@
 """What can be said about a scene: captions, questions with short answers, descriptions, reasoning.
 
-A question is a tuple `(question, answer, group)`. The *group* is what balancing goes by: for a colour the answer itself,
-for a comparison whether the first, the second or neither is right. Picking a group first and then a question of that group
-keeps a blind guess near chance. Withheld combinations need no rule of their own here: only the question about something
-absent invents a combination, and it draws from `ALLOWED` unless told to draw from the others.
+A question is a tuple `(question, answer, group)`. The *group* is what balancing goes by: for a colour the answer
+itself, for a comparison whether the first, the second or neither is right. Picking a group first and then a question
+of that group keeps a blind guess near chance. Withheld combinations need no rule of their own here: only the question
+about something absent invents a combination, and in a scene without withheld ones it draws from `ALLOWED`.
 """
 
 from miniature.world import ALLOWED, COLORS, PLACES, SHAPES, WITHHELD
@@ -50,7 +50,7 @@ def caption(scene):
 
 
 def description(scene):
-    """The detailed description: the caption's facts in whole sentences, with the colours and sizes summed up."""
+    """The detailed description: the caption's facts in a whole sentence."""
     things = scene.objects
     start = f"There {'is' if len(things) == 1 else 'are'} {objects(len(things))} in the picture: "
     return start + join([full(thing) for thing in things]) + "."
@@ -91,7 +91,7 @@ def count_questions(scene, things, rng):
 
 
 def position_questions(scene, things, rng):
-    """Where something is, one of nine places."""
+    """Where something is, one of four places."""
     for thing in things:
         yield f"Where is the {name(thing)}?", thing.place, thing.place
 
@@ -135,8 +135,8 @@ def comparison_questions(scene, things, rng):
 
 KINDS = {"color": color_questions, "shape": shape_questions, "count": count_questions, "position": position_questions,
          "presence": presence_questions, "comparison": comparison_questions}
-GROUPS = {"color": list(COLORS), "shape": list(SHAPES), "count": [1, 2, 3, 4], "position": list(PLACES),
-          "presence": ["yes", "no"], "comparison": [("bigger", 0), ("bigger", 1), ("bigger", -1), ("left", 1), ("left", -1)]}
+GROUPS = {"color": COLORS, "shape": SHAPES, "count": (1, 2, 3, 4), "position": PLACES, "presence": ("yes", "no"),
+          "comparison": (("bigger", 0), ("bigger", 1), ("bigger", -1), ("left", 1), ("left", -1))}
 
 
 def groups(kind, scene, things, rng):
@@ -148,7 +148,7 @@ def groups(kind, scene, things, rng):
 
 
 def dialogue(scene, rng, turns):
-    """`turns` different questions (fewer if the scene has no more) of all kinds in random order: [(question, answer)]."""
+    """`turns` different questions, or all there are, of all kinds in random order: [(question, answer)]."""
     asked, kinds = {}, []
     for _ in range(4 * turns):
         if len(asked) == turns:
@@ -175,7 +175,7 @@ def reasoning(scene, rng):
         found.append(("Do all objects have the same color?", f"Yes, they are all {colors[0]}." if len(colors) == 1
                       else f"No, the colors are {join(colors)}."))
         size = {thing.size for thing in things}
-        found.append((f"Would all objects fit into a small box?",
+        found.append(("Would all objects fit into a small box?",
                       "Yes, because all objects are small." if size == {"small"} else
                       f"No, because {join(['the ' + name(thing) for thing in things if thing.size == 'big'])} "
                       f"{'is' if sum(thing.size == 'big' for thing in things) == 1 else 'are'} big."))

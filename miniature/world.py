@@ -11,7 +11,6 @@ that answers about a red cross has put "red" and "cross" together by itself.
 
 import dataclasses
 import math
-import random
 
 from PIL import Image, ImageDraw
 
@@ -83,7 +82,8 @@ def _make_object(rng, color, shape, cell):
     size = rng.choice(list(SIZES))
     radius = SIZES[size] * rng.uniform(0.93, 1.07)
     row, column = divmod(cell, 2)
-    x, y = (min(max(CELL * (i + 0.5) + rng.uniform(-2.5, 2.5), radius + 0.5), SIDE - radius - 0.5) for i in (column, row))
+    x, y = (min(max(CELL * (i + 0.5) + rng.uniform(-2.5, 2.5), radius + 0.5), SIDE - radius - 0.5)
+            for i in (column, row))
     rgb = tuple(min(max(channel + rng.randint(-12, 12), 0), 255) for channel in COLORS[color])
     return Object(size, color, shape, PLACES[cell], x, y, radius, rgb)
 
@@ -110,24 +110,11 @@ def draw(scene, side=SIDE):
     return picture.reduce(SHARPNESS)
 
 
-def _ring(corners, radii=(1.0,), start=-0.25):
-    """Points around the origin, `start` turns from the right; radii alternate (a star has two)."""
-    angles = [2 * math.pi * (start + i / corners) for i in range(corners)]
-    return [(radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)]
-
-
 _ARM = 0.34  # half the width of a cross's arm
 OUTLINES = {  # around the origin, within the unit square
-    "circle": _ring(24),
+    "circle": [(math.cos(2 * math.pi * i / 24), math.sin(2 * math.pi * i / 24)) for i in range(24)],
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "triangle": [(0, -1), (1, 0.8), (-1, 0.8)],
-    "star": _ring(10, radii=(1.08, 0.45)),
     "cross": [(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM),
               (_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)],
 }
-
-
-def scenes(seed, count, withheld=False):
-    """`count` random scenes, the same for the same seed (an int or a string)."""
-    rng = random.Random(seed)
-    return [make_scene(rng, withheld) for _ in range(count)]
