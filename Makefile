@@ -13,25 +13,30 @@ ARGS =
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv/.run ## a LLaVA learns to see: draw a world, train both stages, answer questions (5 minutes, 2 cores)
-	$(PY) -m miniature world runs/world
-	$(PY) train.py --recipe miniature --stage pretrain --data_path runs/world/pretrain.json \
-		--image_folder runs/world --output_dir runs/pretrain
-	$(PY) train.py --recipe miniature --stage finetune --data_path runs/world/finetune.json \
-		--image_folder runs/world --pretrain_mm_mlp_adapter runs/pretrain --output_dir runs/finetune
-	$(PY) -m training.plot runs/demo.png runs/pretrain,runs/finetune
-	$(PY) sample.py --model_name_or_path runs/finetune --image examples/shapes.png --prompt "How many shapes are there?"
+WORLD = --image_folder runs/world --eval_data_path runs/world/eval.json,runs/world/unseen.json --overwrite_output_dir
+ASK = $(PY) sample.py --model_name_or_path runs/finetune
 
-towers: .venv/.run ## make the miniature's CLIP, LLaMA and tokenizer anew (3 minutes)
+demo: .venv/.run ## a LLaVA learns to see: draw a world, train both stages, answer questions (4 minutes, 2 cores)
+	$(PY) -m miniature world runs/world
+	$(PY) train.py --recipe miniature --stage pretrain --model_name_or_path miniature/llm \
+		--vision_tower miniature/vision --data_path runs/world/pretrain.json $(WORLD) --output_dir runs/pretrain
+	$(PY) train.py --recipe miniature --stage finetune --model_name_or_path runs/pretrain \
+		--data_path runs/world/finetune.json $(WORLD) --output_dir runs/finetune
+	$(PY) -m training.plot runs/demo.png runs/pretrain,runs/finetune
+	$(ASK) --image examples/scene.png --prompt "Describe the picture in detail."
+	$(ASK) --image examples/scene.png --prompt "Where is the green circle?" --attention runs/attention.png
+	$(ASK) --image examples/unseen.png --prompt "What color is the circle?"
+
+towers: .venv/.run ## make the miniature's CLIP, LLaMA and tokenizer anew (3 minutes, 2 cores)
 	$(PY) -m miniature towers runs/towers
 
-demo-smollm: .venv/.smollm ## the same two stages with the real SmolLM2-135M as language model (15 minutes)
+demo-smollm: .venv/.smollm ## the same two stages with the real SmolLM2-135M as language model (15 minutes, 2 cores)
+	$(PY) -m miniature world runs/world
 	$(PY) weights.py convert $(GGUF) runs/smollm2
-	$(PY) train.py --recipe miniature --stage pretrain --model_name_or_path runs/smollm2 \
-		--data_path runs/world/pretrain.json --image_folder runs/world --output_dir runs/smollm2-pretrain
-	$(PY) train.py --recipe miniature --stage finetune --model_name_or_path runs/smollm2 \
-		--data_path runs/world/finetune.json --image_folder runs/world \
-		--pretrain_mm_mlp_adapter runs/smollm2-pretrain --output_dir runs/smollm2-finetune
+	$(PY) train.py --recipe miniature-smollm --stage pretrain --model_name_or_path runs/smollm2 \
+		--vision_tower miniature/vision --data_path runs/world/pretrain.json $(WORLD) --output_dir runs/smollm2-pretrain
+	$(PY) train.py --recipe miniature-smollm --stage finetune --model_name_or_path runs/smollm2-pretrain \
+		--data_path runs/world/finetune.json $(WORLD) --output_dir runs/smollm2-finetune
 
 test: .venv/.dev ## the tests that need neither a GPU nor patience; ARGS="tests/test_vision.py -k pad" chooses
 	$(ONE_THREAD) $(PY) -m pytest -q -m "not slow and not gpu" -n 2 $(ARGS)

@@ -8,6 +8,7 @@ combination.
 Legend: B pictures or texts of a batch, D width of the shared space, V vocabulary.
 """
 
+import functools
 import json
 import random
 import time
@@ -24,7 +25,7 @@ import data
 import weights
 from kernels.attention import Packing
 from miniature import records, words
-from miniature.world import SIDE, draw, make_scene, with_other_shapes
+from miniature.world import SIDE, draw, make_scene, with_other_shapes, without_names
 from model import IGNORE_INDEX, LlamaConfig, LlamaModel, Llava, LlavaConfig
 from tokenizer import SPACE, Tokenizer
 from vision import ClipVision, ClipVisionConfig, ImageProcessor
@@ -36,7 +37,7 @@ LANGUAGE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_
 PIECES = 576  # of the tokenizer: 3 special, 256 bytes, the world's words
 
 
-def write_towers(folder, seed=0, clip_steps=600, llama_steps=800, say=print):
+def write_towers(folder, seed=0, clip_steps=800, llama_steps=750, say=print):
     """Train tokenizer, CLIP and LLaMA and write folder/vision and folder/llm."""
     folder = Path(folder)
     tokenizer = write_tokenizer(folder / "llm", seed)
@@ -104,18 +105,25 @@ class Clip(nn.Module):
         return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
 
-def write_clip(folder, tokenizer, seed, steps, say, batch=64):
-    """Train CLIP on pictures and their captions, and write its vision half as a CLIPVisionModel."""
+def write_clip(folder, tokenizer, seed, steps, say, batch=96):
+    """Train CLIP on pictures and their captions, and write its vision half as a CLIPVisionModel.
+
+    Half of each batch are the other half's scenes with other shapes, most of them in colours without a name, so that
+    shape is learned, and learned apart from colour: without this the tower cannot tell the shape of a combination that
+    it has never seen.
+    """
     torch.manual_seed(seed)
     rng, process, model = random.Random(f"clip {seed}"), ImageProcessor(SIDE), Clip(len(tokenizer))
 
-    def loss():
+    def next_batch():
         scenes = [make_scene(rng) for _ in range(batch // 2)]
+        scenes = [scene if rng.random() < 0.35 else without_names(scene, rng) for scene in scenes]
         scenes += [with_other_shapes(scene, rng) for scene in scenes]
-        pixels = torch.cat([process(draw(scene)) for scene in scenes])
-        return model(pixels, pack([text_example(tokenizer, "", words.caption(scene)) for scene in scenes]))
+        captions = [text_example(tokenizer, "", words.glimpse(scene, rng)) for scene in scenes]
+        return torch.cat([process(draw(scene)) for scene in scenes]), pack(captions)
 
-    fit(model, loss, steps, 2e-3, 0.02, "clip", say)
+    drawn = [next_batch() for _ in range(-(-steps // 4))]  # each is seen four times: drawing takes as long as learning
+    fit(model, lambda step: model(*drawn[step % len(drawn)]), steps, 3e-3, 0.005, "clip", say)
     tensors = {**model.vision.state_dict(), **{f"vision_model.post_layernorm.{name}": tensor
                for name, tensor in model.post_layernorm.state_dict().items()}}
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +144,7 @@ def write_llama(folder, tokenizer, seed, steps, say, batch=32):
     heads to find one thing by another, which conversations, with an answer per dozen words, do not within minutes.
     """
     torch.manual_seed(seed)
-    rng, numbers = random.Random(f"llama {seed}"), iter(range(steps))
+    rng = random.Random(f"llama {seed}")
     config = LlavaConfig(LlamaConfig(**LANGUAGE, vocab_size=len(tokenizer)))
     model = Llava(config)
     for name, p in model.named_parameters():
@@ -145,8 +153,8 @@ def write_llama(folder, tokenizer, seed, steps, say, batch=32):
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             p.data *= 0.1
 
-    def loss():
-        share = 1.0 if next(numbers) < 0.375 * steps else 0.1
+    def loss(step):
+        share = 1.0 if step < 0.375 * steps else 0.1
         return model.loss(pack([(notes if rng.random() < share else text)(tokenizer, rng) for _ in range(batch)]))
 
     fit(model, loss, steps, 8e-3, 0.01, "llama", say)
@@ -164,11 +172,16 @@ def notes(tokenizer, rng, count=14):
         keys |= {kind: getattr(thing, kind) for kind in ("color", "shape") if words.unique(scene, kind, thing)}
         known = rng.choice(list(keys))
         wanted = rng.choice([kind for kind in ("color", "shape", "place", "size") if kind not in known])
-        asked = tokenizer.encode(f"{wanted} {keys[known]}", bos=False)
-        told = tokenizer.encode(getattr(thing, wanted), bos=False)
+        asked, told = encode(tokenizer, f"{wanted} {keys[known]}"), encode(tokenizer, getattr(thing, wanted))
         ids += asked + told
         labels += [IGNORE_INDEX] * len(asked) + told
     return data.Example("notes", ids, labels)
+
+
+@functools.cache
+def encode(tokenizer, phrase):
+    """The ids of one of the few phrases that look-ups are made of."""
+    return tokenizer.encode(phrase, bos=False)
 
 
 def text(tokenizer, rng):
@@ -210,7 +223,7 @@ def pack(examples):
     return data.pack(examples, LlavaConfig())
 
 
-def fit(model, loss_of_next_batch, steps, learning_rate, matrix_rate, name, say):
+def fit(model, loss_of_step, steps, learning_rate, matrix_rate, name, say):
     """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for the rest; the rates rise for 50 steps and
     fall over the last third. Within this few steps, AdamW alone does not find the heads that look things up."""
     matrices = {p for n, p in model.named_parameters() if "layers" in n and p.ndim == 2}
@@ -220,7 +233,7 @@ def fit(model, loss_of_next_batch, steps, learning_rate, matrix_rate, name, say)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     began, course = time.perf_counter(), 0.0
     for step in range(1, steps + 1):
-        loss = loss_of_next_batch()
+        loss = loss_of_step(step)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in zip(optimizers, rates):

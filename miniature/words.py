@@ -49,6 +49,15 @@ def caption(scene):
     return f"{objects(len(scene.objects))}: {join([full(thing) for thing in scene.objects])}"
 
 
+def glimpse(scene, rng):
+    """What someone noticed: everything, or of every object only the shape, or only the colour (if it has a name)."""
+    style = rng.choice(("all", "shape", "color")) if scene.objects[0].color else "shape"
+    if style == "all":
+        return caption(scene)
+    return join([f"a {thing.shape} at the {thing.place}" if style == "shape" else f"{thing.color} at the {thing.place}"
+                 for thing in scene.objects])
+
+
 def description(scene):
     """The detailed description: the caption's facts in a whole sentence."""
     things = scene.objects

@@ -9,6 +9,7 @@ nor when the towers are pretrained. Every colour and every shape of them is know
 that answers about a red cross has put "red" and "cross" together by itself.
 """
 
+import colorsys
 import dataclasses
 import math
 
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw
 
 COLORS = {"red": (212, 32, 32), "orange": (240, 136, 20), "yellow": (242, 222, 40), "green": (34, 158, 52),
           "blue": (38, 70, 214), "purple": (140, 44, 170)}
+NAMELESS = ((60, 110), (160, 205), (248, 268), (310, 342))  # hues in degrees, far from every colour above
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 6.0, "big": 10.0}  # radius in pixels
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
@@ -92,9 +94,23 @@ def with_other_shapes(scene, rng):
     """The same scene with every shape drawn anew: what only an eye for shapes can tell from the first."""
     while True:
         pairs = [(thing.color, rng.choice(SHAPES)) for thing in scene.objects]
-        if len(set(pairs)) == len(pairs) and all(pair in ALLOWED for pair in pairs):
+        if len(set(pairs)) == len(pairs) and (pairs[0][0] is None or all(pair in ALLOWED for pair in pairs)):
             objects = [dataclasses.replace(thing, shape=shape) for thing, (_, shape) in zip(scene.objects, pairs)]
             return dataclasses.replace(scene, objects=objects)
+
+
+def without_names(scene, rng):
+    """The same scene in colours that have no name here, of different shapes: a lesson in shapes alone."""
+    objects = [dataclasses.replace(thing, color=None, shape=shape, rgb=_nameless(rng))
+               for thing, shape in zip(scene.objects, rng.sample(SHAPES, len(SHAPES)))]
+    return dataclasses.replace(scene, objects=objects)
+
+
+def _nameless(rng):
+    """Black, white, or a hue between the named ones, darker or paler."""
+    hue = rng.uniform(*rng.choice(NAMELESS)) / 360
+    saturation, value = (rng.uniform(0.5, 1), rng.uniform(0.4, 1)) if rng.random() < 0.8 else (0, rng.choice((0.08, 0.95)))
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
 
 
 def draw(scene, side=SIDE):
