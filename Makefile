@@ -13,15 +13,16 @@ ARGS =
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
-WORLD = --image_folder runs/world --eval_data_path runs/world/eval.json,runs/world/unseen.json --overwrite_output_dir
+WORLD = --image_folder runs/world --overwrite_output_dir --eval_data_path runs/world/eval.json
+UNSEEN = $(WORLD),runs/world/unseen.json
 ASK = $(PY) sample.py --model_name_or_path runs/finetune
 
 demo: .venv/.run ## a LLaVA learns to see: draw a world, train both stages, answer questions (4 minutes, 2 cores)
 	$(PY) -m miniature world runs/world
 	$(PY) train.py --recipe miniature --stage pretrain --model_name_or_path miniature/llm \
-		--vision_tower miniature/vision --data_path runs/world/pretrain.json $(WORLD) --output_dir runs/pretrain
+		--vision_tower miniature/vision --data_path runs/world/pretrain.json $(UNSEEN) --output_dir runs/pretrain
 	$(PY) train.py --recipe miniature --stage finetune --model_name_or_path runs/pretrain \
-		--data_path runs/world/finetune.json $(WORLD) --output_dir runs/finetune
+		--data_path runs/world/finetune.json $(UNSEEN) --output_dir runs/finetune
 	$(PY) -m training.plot runs/demo.png runs/pretrain,runs/finetune
 	$(ASK) --image examples/scene.png --prompt "Describe the picture in detail."
 	$(ASK) --image examples/scene.png --prompt "Where is the green circle?" --attention runs/attention.png

@@ -281,7 +281,7 @@ class Cache:
 
 
 class Llava(nn.Module):
-    """Tower, projector and language model. Without `config.vision` only the last: a text model is a Llava that is blind.
+    """Tower, projector and language model. Without `config.vision` only the last: a blind LLaVA is a text model.
 
     A batch is any object with input_ids (T,), labels (T,), position_ids (T,), cu_seqlens (B+1,) and
     pixel_values (P, 3, S, S); each picture owns N consecutive places of input_ids, marked IMAGE_TOKEN_INDEX.
@@ -313,7 +313,7 @@ class Llava(nn.Module):
         x = self.language_model.model.embed_tokens(batch.input_ids.masked_fill(slots, 0))
         if self.vision_tower is None:
             if slots.any():
-                raise ValueError("this model has no vision tower and cannot look at pictures; load one with a projector")
+                raise ValueError("this model has no vision tower and cannot look at pictures; load one that has")
             return x
         pixels = batch.pixel_values
         if len(pixels):

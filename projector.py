@@ -20,7 +20,7 @@ def build_projector(kind, mm_hidden_size, hidden_size):
         return nn.Linear(mm_hidden_size, hidden_size)
     match = re.fullmatch(r"mlp(\d+)x_gelu", kind or "")
     if not match or int(match[1]) < 1:
-        raise ValueError(f"mm_projector_type {kind!r} is not known; use linear, mlp2x_gelu (any mlpNx_gelu) or identity")
+        raise ValueError(f"mm_projector_type {kind!r} is not known; use linear, mlpNx_gelu (mlp2x_gelu …) or identity")
     layers = [nn.Linear(mm_hidden_size, hidden_size)]
     for _ in range(int(match[1]) - 1):
         layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]

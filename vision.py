@@ -128,7 +128,8 @@ class ClipVision(nn.Module):
         """(P, 3, S, S) -> (P, 1+N, D): what leaves the last layer built, class token first."""
         side = self.config.image_size
         if pixel_values.shape[1:] != (3, side, side):
-            raise ValueError(f"the vision tower expects pictures of 3x{side}x{side}, not {tuple(pixel_values.shape[1:])}")
+            found = tuple(pixel_values.shape[1:])
+            raise ValueError(f"the vision tower expects pictures of 3x{side}x{side}, not {found}")
         model = self.vision_model
         x = model["pre_layrnorm"](model["embeddings"](pixel_values.to(model["embeddings"].class_embedding.dtype)))
         count, length, _ = x.shape
@@ -144,7 +145,8 @@ def selected_depth(num_hidden_layers, select_layer):
     negative numbers count from the last: -2 of 24 layers is the output of layer 23."""
     depth = select_layer if select_layer >= 0 else num_hidden_layers + 1 + select_layer
     if not 0 <= depth <= num_hidden_layers:
-        raise ValueError(f"mm_vision_select_layer {select_layer} does not exist in a tower of {num_hidden_layers} layers")
+        raise ValueError(
+            f"mm_vision_select_layer {select_layer} does not exist in a tower of {num_hidden_layers} layers")
     return depth
 
 

@@ -86,7 +86,7 @@ def _attend_by_products(q, k, v, causal, groups):
 
 
 def attend_to_cache(q, keys, values, lengths):
-    """One new row per sequence against its past. q (B, H, K), keys and values (B, L, H/G, K), lengths (B,) -> (B, H, K).
+    """One new row per sequence against its past. q (B, H, K); keys, values (B, L, H/G, K); lengths (B,) -> (B, H, K).
 
     Only the first `lengths[b]` cells of sequence b are looked at. The G queries of a key head are taken together.
     """

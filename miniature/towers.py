@@ -37,7 +37,7 @@ LANGUAGE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_
 PIECES = 576  # of the tokenizer: 3 special, 256 bytes, the world's words
 
 
-def write_towers(folder, seed=0, clip_steps=800, llama_steps=750, say=print):
+def write_towers(folder, seed=0, clip_steps=650, llama_steps=650, say=print):
     """Train tokenizer, CLIP and LLaMA and write folder/vision and folder/llm."""
     folder = Path(folder)
     tokenizer = write_tokenizer(folder / "llm", seed)
@@ -122,7 +122,7 @@ def write_clip(folder, tokenizer, seed, steps, say, batch=96):
         captions = [text_example(tokenizer, "", words.glimpse(scene, rng)) for scene in scenes]
         return torch.cat([process(draw(scene)) for scene in scenes]), pack(captions)
 
-    drawn = [next_batch() for _ in range(-(-steps // 4))]  # each is seen four times: drawing takes as long as learning
+    drawn = [next_batch() for _ in range(-(-steps // 2))]  # each is seen twice: drawing takes as long as learning
     fit(model, lambda step: model(*drawn[step % len(drawn)]), steps, 3e-3, 0.005, "clip", say)
     tensors = {**model.vision.state_dict(), **{f"vision_model.post_layernorm.{name}": tensor
                for name, tensor in model.post_layernorm.state_dict().items()}}

@@ -109,7 +109,9 @@ def without_names(scene, rng):
 def _nameless(rng):
     """Black, white, or a hue between the named ones, darker or paler."""
     hue = rng.uniform(*rng.choice(NAMELESS)) / 360
-    saturation, value = (rng.uniform(0.5, 1), rng.uniform(0.4, 1)) if rng.random() < 0.8 else (0, rng.choice((0.08, 0.95)))
+    saturation, value = rng.uniform(0.5, 1), rng.uniform(0.4, 1)
+    if rng.random() < 0.2:
+        saturation, value = 0, rng.choice((0.08, 0.95))
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
 
 

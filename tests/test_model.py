@@ -67,7 +67,8 @@ def test_llama_equals_transformers(variant):
 def test_mistral_equals_transformers():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    theirs = transformers.MistralForCausalLM(transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None)).eval()
+    config = transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None)
+    theirs = transformers.MistralForCausalLM(config).eval()
     ours = Llava(LlavaConfig(LlamaConfig.from_dict(theirs.config.to_dict())))
     ours.language_model.load_state_dict(theirs.state_dict())
     with torch.no_grad():
@@ -100,7 +101,8 @@ def test_gold_forward(gold):
     model, recorded = loaded.model, load_file(gold / "forward/lm_mha.safetensors")
     lengths = recorded["attention_mask"].sum(1).tolist()
     sequences, labels = [], []
-    for row, padded, mask, spliced in zip(recorded["input_ids"], recorded["attention_mask_in"].bool(), lengths, recorded["labels"]):
+    rows = zip(recorded["input_ids"], recorded["attention_mask_in"].bool(), lengths, recorded["labels"])
+    for row, padded, mask, spliced in rows:
         ids = [j for i in row[padded].tolist() for j in ([i] * 16 if i == IMAGE_TOKEN_INDEX else [i])]
         assert len(ids) == mask
         sequences.append(ids)
@@ -179,7 +181,8 @@ def test_attend_to_cache_looks_at_each_row_s_own_past():
         last = torch.zeros(n, 4, 8)
         last[-1] = q[i]
         assert (out[i] - dense(last, keys[i, :n], values[i, :n], True)[-1]).abs().max() < 2e-6
-        assert torch.allclose(attend_to_cache(q[i: i + 1], keys[i: i + 1, :n], values[i: i + 1, :n], lengths[i: i + 1])[0], out[i], atol=1e-6)
+        alone = attend_to_cache(*(x[i: i + 1] for x in (q, keys[:, :n], values[:, :n], lengths)))[0]
+        assert torch.allclose(alone, out[i], atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -252,7 +255,7 @@ def test_cache_continues_what_it_holds():
     sequences = [words(9), PICTURE + words(8, 2), words(1, 3)]
     cache = Cache(model.config.text, 3, 40, torch.float32, "cpu")
     logits = model.last_logits(pack(sequences, pixels), cache)
-    for step in range(3):
+    for _ in range(3):
         expected = model.logits(batch := pack(sequences, pixels))[batch.cu_seqlens[1:] - 1]
         assert (logits - expected).abs().max() < 1e-5
         sequences = [s + [i] for s, i in zip(sequences, logits.argmax(-1).tolist())]

@@ -106,7 +106,8 @@ def test_bad_pictures_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("values, expected", [
-    ({"size": 56, "crop_size": 48}, (48, 56)), ({"size": {"shortest_edge": 56}, "crop_size": {"height": 48, "width": 48}}, (48, 56)),
+    ({"size": 56, "crop_size": 48}, (48, 56)),
+    ({"size": {"shortest_edge": 56}, "crop_size": {"height": 48, "width": 48}}, (48, 56)),
     ({"size": {"shortest_edge": 48}}, (48, 48))])
 def test_preprocessor_configs_old_and_new(values, expected):
     processor = ImageProcessor.from_dict(values)
@@ -139,7 +140,7 @@ def test_tower_equals_transformers_at_its_true_shape():
 @torch.no_grad()
 def compare_towers(theirs, config, layer, pixels):
     ours = ClipVision(config, selected_depth(config.num_hidden_layers, layer))
-    names = {name if name.startswith("vision_model.") else f"vision_model.{name}": t for name, t in theirs.state_dict().items()}
+    names = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in theirs.state_dict().items()}
     loaded = ours.load_state_dict(names, strict=False)
     assert not loaded.missing_keys
     expected = theirs(pixels, output_hidden_states=True).hidden_states[layer]

@@ -62,10 +62,10 @@ class Judge:
         asked = [question for question in asked if question is not None]
         scores = {}  # picture -> kind -> [True, False, …]
         answers = []
-        longest = 8 + max((len(self.loaded.tokenizer.encode(q.answer)) for q in asked), default=0)
         for pictures in self.pictures:
             shown = [(q, images) for q, images in zip(asked, self.show(asked, pictures)) if images is not None]
-            requests = [Request(q.messages, images, longest) for q, images in shown]
+            requests = [Request(q.messages, images, max_new_tokens=8 + len(self.loaded.tokenizer.encode(q.answer)))
+                        for q, images in shown]
             said = generate(self.loaded, requests, batch_size=self.args.per_device_eval_batch_size)
             by_kind = scores.setdefault(pictures, {})
             for (q, _), answer in zip(shown, said):

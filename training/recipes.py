@@ -24,6 +24,12 @@ RECIPES = {
         "finetune": SIGHT | {"learning_rate": 1e-3, "max_steps": 550, "per_device_train_batch_size": 32,
                              "eval_steps": 110},
     },
+    "miniature-smollm": {  # SmolLM2-135M on two cores: few steps, so stage 1 gets most of them
+        "pretrain": SIGHT | {"learning_rate": 2e-3, "max_steps": 350, "per_device_train_batch_size": 16,
+                             "evaluation_strategy": "no", "eval_generate": 120, "bf16": True},
+        "finetune": SIGHT | {"learning_rate": 3e-4, "max_steps": 70, "per_device_train_batch_size": 8,
+                             "evaluation_strategy": "no", "eval_generate": 120, "bf16": True, "logging_steps": 5},
+    },
 }
 
 

@@ -1,0 +1,69 @@
+"""The README tells the truth: its files exist, its commands parse, those marked fast run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sample
+from training import flags
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands():
+    """(words, whether it is marked fast) of every shell command in the README; a backslash continues a line."""
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield words, bool(re.search(r"#\s*fast\b", line))
+
+
+COMMANDS = list(commands())
+PYTHON = [words for words, _ in COMMANDS if words[0] in ("python", "torchrun")]
+
+
+def test_there_are_commands_of_every_kind():
+    assert {"make", "python", "torchrun"} <= {words[0] for words, _ in COMMANDS}
+    assert any(fast for _, fast in COMMANDS)
+
+
+@pytest.mark.parametrize("words", PYTHON, ids=" ".join)
+def test_a_command_s_flags_exist(words):
+    if "train.py" in words:
+        flags.parse(words[words.index("train.py") + 1:])
+    elif "sample.py" in words:
+        sample.build_parser().parse_args(words[words.index("sample.py") + 1:])
+    else:
+        script = words[1: 3] if words[1] == "-m" else words[1: 2]
+        assert subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("target", sorted({w for words, _ in COMMANDS if words[0] == "make" for w in words[1:]}))
+def test_a_target_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", [words for words, fast in COMMANDS if fast], ids=" ".join)
+def test_a_fast_command_runs(words, tmp_path):
+    words = [str(tmp_path / w) if w.endswith(".png") and "/" not in w else w for w in words]  # nothing into the project
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_files_it_names_exist():
+    for name in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_number_of_lines_it_promises():
+    promised = int(re.search(r"in ([\d,]+) lines", README)[1].replace(",", ""))
+    core = [*ROOT.glob("*.py"), *(f for room in ("formats", "training", "kernels") for f in (ROOT / room).glob("*.py"))]
+    lines = sum(f.read_text(encoding="utf-8").count("\n") for f in core)
+    assert promised * 0.95 < lines <= promised
