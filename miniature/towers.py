@@ -37,7 +37,7 @@ LANGUAGE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_
 PIECES = 576  # of the tokenizer: 3 special, 256 bytes, the world's words
 
 
-def write_towers(folder, seed=0, clip_steps=650, llama_steps=650, say=print):
+def write_towers(folder, seed=0, clip_steps=650, llama_steps=750, say=print):
     """Train tokenizer, CLIP and LLaMA and write folder/vision and folder/llm."""
     folder = Path(folder)
     tokenizer = write_tokenizer(folder / "llm", seed)
