@@ -85,8 +85,8 @@ def prepare_output_dir(args):
         raise ValueError(f"{args.output_dir} already holds a model; give another --output_dir, or "
                          "--overwrite_output_dir")
     os.makedirs(args.output_dir, exist_ok=True)
-    with open(os.path.join(args.output_dir, "training_args.json"), "w", encoding="utf-8") as file:
-        json.dump(vars(args), file, indent=2)
+    if not os.access(args.output_dir, os.W_OK):
+        raise ValueError(f"{args.output_dir} cannot be written; give another --output_dir")
 
 
 def build_model(args, device):
@@ -199,6 +199,8 @@ class Loop:
     def run(self):
         """Run to the last step or to Ctrl-C (then the step under way is finished)."""
         previous = signal.signal(signal.SIGINT, self.interrupt)
+        with open(os.path.join(self.args.output_dir, "training_args.json"), "w", encoding="utf-8") as file:
+            json.dump(vars(self.args), file, indent=2)
         with open(os.path.join(self.args.output_dir, "log.jsonl"), "w", encoding="utf-8") as self.log:
             if self.args.evaluation_strategy != "no":
                 self.evaluate()  # what the model can do before it learns

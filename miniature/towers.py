@@ -128,6 +128,7 @@ def write_clip(folder, tokenizer, seed, steps, say, batch=96):
                for name, tensor in model.post_layernorm.state_dict().items()}}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable to its owner only
     config = vars(VISION) | {
         "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -140,7 +140,8 @@ def test_tower_equals_transformers_at_its_true_shape():
 @torch.no_grad()
 def compare_towers(theirs, config, layer, pixels):
     ours = ClipVision(config, selected_depth(config.num_hidden_layers, layer))
-    names = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in theirs.state_dict().items()}
+    names = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor
+             in theirs.state_dict().items()}
     loaded = ours.load_state_dict(names, strict=False)
     assert not loaded.missing_keys
     expected = theirs(pixels, output_hidden_states=True).hidden_states[layer]
