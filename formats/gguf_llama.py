@@ -8,7 +8,13 @@ tensor, config and tokenizer included, is one flat list of keys and values.
 Legend: H heads, K head dim, D model dim.
 """
 
+import json
+
+import tokenizers
 import torch
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+from formats.files import LazyTensor
 
 NAMES = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
@@ -27,17 +33,14 @@ CONFIG = {  # config.json's key -> GGUF's
 }
 SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # tokens: config.json's word -> GGUF's
 
-SPLITS = {"smollm": [  # GGUF's name of a pre-tokenizer -> tokenizer.json's steps
-    {"type": "Digits", "individual_digits": True},
-    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-]}
+SPLITS = {"smollm": [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]}  # GGUF's pre-tokenizers
 CONTROL, USER_DEFINED = 3, 4  # token types
 
 
-def read(path):
-    """A GGUF file of a LLaMA -> ({Hugging Face name: float32 tensor}, {file name: what becomes its JSON}).
+def open_gguf(path):
+    """A GGUF file of a LLaMA -> (gguf's reader, {key: value}). Its tensors stay in the file.
 
-    ValueError if the package is missing, the file is broken or no LLaMA, or its tokenizer is of a kind not known here.
+    ValueError if the package is missing, the file is broken or no LLaMA.
     """
     try:
         import gguf
@@ -52,14 +55,16 @@ def read(path):
     values = {key: value.contents() for key, value in file.fields.items()}
     if values.get("general.architecture") != "llama":
         raise ValueError(f"{path} holds a {values.get('general.architecture')!r} model; expected 'llama'")
-    tensors = {}
-    for tensor in file.tensors:
-        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))  # float32, as (out, in)
-        if ".attn_q." in tensor.name:
-            weight = halves(weight, values["llama.attention.head_count"])
-        elif ".attn_k." in tensor.name:
-            weight = halves(weight, values["llama.attention.head_count_kv"])
-        tensors[hugging_face_name(tensor.name, path)] = weight
+    return file, values
+
+
+def read(path):
+    """A GGUF file of a LLaMA -> ({Hugging Face name: LazyTensor, float32}, {file name: what becomes its JSON}).
+
+    ValueError as `open_gguf`, and if its tokenizer is of a kind not known here.
+    """
+    file, values = open_gguf(path)
+    tensors = {hugging_face_name(tensor.name, path): lazy(tensor, values, path) for tensor in file.tensors}
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
               **{ours: values[theirs] for ours, theirs in CONFIG.items() if theirs in values},
               "tie_word_embeddings": "lm_head.weight" not in tensors}
@@ -68,6 +73,17 @@ def read(path):
     generation = {f"{word}_token_id": ids[word] for word in ("bos", "eos", "pad") if word in ids}
     return tensors, {"config.json": config | generation, "generation_config.json": generation,
                      **tokenizer_files(values, ids, path)}
+
+
+def lazy(tensor, values, path):
+    """gguf's entry of a tensor -> LazyTensor, dequantised when it is read."""
+    def dequantised():
+        import gguf
+        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))  # float32, as (out, in)
+        heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(tensor.name.split(".")[-2])
+        return halves(weight, values[f"llama.attention.{heads}"]) if heads else weight
+    shape = torch.Size(int(size) for size in reversed(tensor.shape))  # GGUF counts dimensions from the last
+    return LazyTensor(shape, torch.float32, path, dequantised)
 
 
 def hugging_face_name(name, path):
@@ -91,22 +107,16 @@ def tokenizer_files(values, ids, path):
         raise ValueError(f"{path}: a tokenizer of kind {kind!r} that splits like {split!r} is not known here; "
                          f"known is 'gpt2' with {', '.join(SPLITS)}")
     pieces, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
-    manners = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    spec = {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-        "added_tokens": [{"id": i, "content": pieces[i], "special": types[i] == CONTROL, **manners}
-                         for i in range(len(pieces)) if types[i] in (CONTROL, USER_DEFINED)],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": SPLITS[split]},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {piece: i for i, piece in enumerate(pieces)},
-                  "merges": [merge.split(" ") for merge in values["tokenizer.ggml.merges"]]},
-    }
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {piece: i for i, piece in enumerate(pieces)},
+        [tuple(merge.split(" ")) for merge in values["tokenizer.ggml.merges"]]))
+    library.pre_tokenizer, library.decoder = Sequence(SPLITS[split]), tokenizers.decoders.ByteLevel()
+    library.add_tokens([tokenizers.AddedToken(piece, special=kind == CONTROL, normalized=False)
+                        for piece, kind in zip(pieces, types) if kind in (CONTROL, USER_DEFINED)])
     config = {
         # Not GPT2Tokenizer: transformers 5 would put its own pre-tokenizer in place of the one that splits digits.
         "tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False, "clean_up_tokenization_spaces": False,
         "model_max_length": values["llama.context_length"], "chat_template": values.get("tokenizer.chat_template"),
         **{f"{word}_token": pieces[i] for word, i in ids.items()},
     }
-    return {"tokenizer.json": spec, "tokenizer_config.json": config}
+    return {"tokenizer.json": json.loads(library.to_str()), "tokenizer_config.json": config}

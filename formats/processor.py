@@ -8,24 +8,31 @@ published folders have 64 more embedding rows for that (32064), and so do ours.
 import json
 
 from formats.layouts import STRATEGIES
-from formats.templates import CHAT, TEMPLATES
-from tokenizer import IMAGE_TAG
-
-MANNERS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+from formats.templates import CHAT, TEMPLATES, canonical, frame, render_turns, show_pictures
+from tokenizer import IMAGE_TAG, MANNERS
 
 
 def preprocessor_config(image_processor, config):
-    """preprocessor_config.json. CLIPImageProcessor cuts pictures to a square; LlavaImageProcessor can pad them, too."""
-    values = image_processor.to_dict() | {"processor_class": "LlavaProcessor"}
+    """preprocessor_config.json. CLIPImageProcessor cuts pictures to a square; LlavaImageProcessor can pad them, too;
+    LlavaNextImageProcessor is anyres."""
+    values = image_processor.to_dict() | {"processor_class": processor_class(config)}
     if config.image_aspect_ratio == "pad":
         values |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    elif config.image_aspect_ratio == "anyres":
+        values |= {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True,
+                   "image_grid_pinpoints": config.pinpoints}
     return values
+
+
+def processor_class(config):
+    """The class that turns text and pictures into a model's input."""
+    return "LlavaNextProcessor" if config.image_aspect_ratio == "anyres" else "LlavaProcessor"
 
 
 def processor_config(config):
     """processor_config.json: how many copies of `<image>` a picture takes."""
     return {
-        "processor_class": "LlavaProcessor", "image_token": IMAGE_TAG, "patch_size": config.vision.patch_size,
+        "processor_class": processor_class(config), "image_token": IMAGE_TAG, "patch_size": config.vision.patch_size,
         "num_additional_image_tokens": 1,  # CLIP's class token, which the strategy `default` takes away again
         "vision_feature_select_strategy": STRATEGIES[config.mm_vision_select_feature],
     }
@@ -44,7 +51,7 @@ def add_image_token(files, next_id):
     ids = [int(token_id) for token_id, token in listed.items() if token["content"] == IMAGE_TAG]
     if ids:
         return ids[0]
-    token = {"content": IMAGE_TAG, **MANNERS}
+    token = MANNERS | {"content": IMAGE_TAG, "special": True}
     spec["added_tokens"].append({"id": next_id, **token})
     config["added_tokens_decoder"] = listed | {str(next_id): token}
     files["tokenizer.json"] = json.dumps(spec, ensure_ascii=False, indent=1).encode()
@@ -74,33 +81,45 @@ def remove_image_token(files):
 
 
 def _without(values, tokens):
-    """A tokenizer's config without what names one of the tokens."""
-    listed = values.get("added_tokens_decoder", {})
-    values = {key: value for key, value in values.items()
-              if (value.get("content") if isinstance(value, dict) else str(value)) not in tokens}
-    if listed:
-        values["added_tokens_decoder"] = {i: token for i, token in listed.items() if token["content"] not in tokens}
-    return values
+    """A tokenizer's config without what names one of the tokens, in the list of added tokens, too."""
+    return {key: _without(value, tokens) if key == "added_tokens_decoder" else value for key, value in values.items()
+            if (value.get("content") if isinstance(value, dict) else str(value)) not in tokens}
 
 
-def chat_template(conv_mode, tokenizer):
-    """The conversation template as Jinja, for chat_template.jinja; None for templates that are no conversation.
+def chat_template(conv_mode, tokenizer, mm_use_im_start_end=False):
+    """The conversation template as Jinja, for chat_template.jinja: what formats/templates.py renders when a question is
+    asked, in the language that transformers and vLLM run.
 
     A message's content is a text, or transformers' list of parts, of which pictures come first as `<image>` lines.
     """
     if conv_mode == CHAT:
         return tokenizer.chat_template
-    template = TEMPLATES.get(conv_mode)
-    if template is None or template.style != "two":
-        return None
-    human, assistant = template.roles
-    return (
-        "{{ " + json.dumps(template.system + template.sep) + " }}"
-        "{% for message in messages %}"
-        "{{ '" + human + ": ' if message['role'] == 'user' else '" + assistant + ": ' }}"
-        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% for part in message['content'] if part['type'] == 'image' %}{{ '" + IMAGE_TAG + "\\n' }}{% endfor %}"
-        "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
-        "{{ " + json.dumps(template.sep) + " if message['role'] == 'user' else " + json.dumps(template.sep2) + " }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '" + assistant + ":' }}{% endif %}")
+    template = TEMPLATES[canonical(conv_mode)]
+    settings = frame(template) | {
+        "head": render_turns(template, []).prompt,  # v0's example included
+        "tag": IMAGE_TAG, "shown": show_pictures(conv_mode, IMAGE_TAG, mm_use_im_start_end),
+        "only_tags": template.style == "plain"}
+    return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in settings.items()) + JINJA
+
+
+JINJA = """\
+{{- head -}}
+{%- for message in (messages[1:] if messages and messages[0]['role'] == 'assistant' else messages) -%}
+{%- set asked = message['role'] == 'user' -%}
+{%- if not asked and message['role'] != 'assistant' -%}
+{{- raise_exception('this model knows no role ' + message['role'] + '; use user and assistant') -}}
+{%- endif -%}
+{%- if message['content'] is string -%}
+{%- set text = message['content'] -%}
+{%- else -%}
+{%- set pictures = message['content'] | selectattr('type', 'equalto', 'image') | list | length -%}
+{%- set words = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
+{%- set text = (tag + '\\n') * pictures + words -%}
+{%- endif -%}
+{%- set text = tag * text.count(tag) if only_tags and asked else text | replace(tag, shown) -%}
+{%- set around = question if asked else answer -%}
+{{- around[0] -}}
+{%- if text -%}{{- (first if loop.first else around[1]) + text + around[2] -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- answer[0] -}}{%- endif -%}
+"""

@@ -1,18 +1,27 @@
 """Conversation templates: a list of messages -> the one string that a language model reads, and what of it is learned.
 
-A model knows a conversation only as text. The template fixes that text: a system sentence, a header per speaker, a mark
-at the end of each answer. `render` also says which stretches of characters the model learns to write (its answers with
-their end marks), so that labels follow from where a message stands, never from searching or re-tokenising its text.
+A model knows a conversation only as text. The template fixes that text: a system sentence S, a header per speaker, a
+mark at the end of each answer. `render` also says which stretches of characters the model learns to write, so that
+labels follow from where a message stands, never from searching or re-tokenising its text. By style:
 
-    v1             S USER: q ASSISTANT: a</s>USER: q2 ASSISTANT: a2</s>     learned: " a</s>" and " a2</s>"
-    plain          <image>caption\n                                        learned: "caption\n"; the question is dropped
-    chat_template  what the tokenizer's own Jinja template writes; ChatML e.g.
-                   <|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n    learned: "a<|im_end|>"
+    two       S USER: q ASSISTANT: a</s>USER: q2 ASSISTANT: a2</s>             learned: " a</s>" and " a2</s>"
+    llama_2   [INST] <<SYS>>\nS\n<</SYS>>\n\nq [/INST] a </s><s>[INST] …       learned: " a </s>"
+    mpt       S<|im_end|><|im_start|>user\nq<|im_end|><|im_start|>assistant\na<|im_end|>      learned: "a<|im_end|>"
+    single    S###Human: q###Assistant: a###Human: q2###Assistant:             asked so, but trained with the text
+              S\n\n### Human: q\n### Assistant: a\n###                         learned: "###" and "### Assistant: a\n"
+    plain     <image>caption\n                                                 learned: "caption\n"; no question is read
 
-Strings and quirks are the original's (LLAVA.md 2.1, 2.2, 2.5). A new template of a style below is a row in TEMPLATES.
+Strings and quirks are the original's (LLAVA.md 2.1, 2.2, 2.5). A new template of such a style is a row in TEMPLATES.
+
+A language model outside the table brings a template of its own, Jinja text in its tokenizer's files: `chat_template`.
+Of a conversation it is given {"role": "user", "content": text} for human and "assistant" for gpt, no system message (it
+may write one of its own), an `<image>` as part of the text; further the names of the tokenizer's special tokens. A BOS
+stands in the prompt if it writes one. Learned is each answer through the special token that ends it:
+
+    <|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n        learned: "a<|im_end|>"
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 
@@ -20,41 +29,99 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from tokenizer import IMAGE_TAG
+from tokenizer import IMAGE_TAG, PAD
 
 PERSON = {"human": 0, "gpt": 1}  # who speaks, in LLaVA's records
 CHAT = "chat_template"
+START_END = ("<im_start>", "<im_end>")  # around a picture's place, with mm_use_im_start_end
+EMPTY_ANSWER = "empty answer"
 
-S_USER = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-          "detailed, and polite answers to the user's questions.")
+S_USER = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions.")
+S_HUMAN = S_USER.replace("user", "human")
+ABLE = (
+    "able to understand the visual content that the user provides, and assist the user with a variety of tasks "
+    "using natural language.")
+S_MMTAG = (
+    f"A chat between a curious user and an artificial intelligence assistant. The assistant is {ABLE}The visual "
+    "content will be provided with the following format: <Image>visual content</Image>.")
+S_LLAVA2 = f"You are a helpful language and vision assistant. You are {ABLE}"
+S_LLAMA2 = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
+    "something not correct. If you don't know the answer to a question, please don't share false information.")
+S_MPT = (
+    "<|im_start|>system\n"
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.")
+EXAMPLE_ANSWER = (
+    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, "
+    "such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are "
+    "finite and will eventually be depleted, such as coal, oil, and natural gas. Here are some key differences "
+    "between renewable and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are "
+    "finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
+    "sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
+    "operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than "
+    "non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations "
+    "and needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable "
+    "sources are not, and their depletion can lead to economic and social instability.\n")
+EXAMPLE = ((0, "What are the key differences between renewable and non-renewable energy sources?"), (1, EXAMPLE_ANSWER))
 
 
 @dataclass(frozen=True)
 class Template:
-    """One row of LLaVA's table. style: how the parts are joined; sep ends a question, sep2 (or else sep) an answer."""
+    """One row of LLaVA's table. style: how the parts are joined; sep ends a question, sep2 an answer; picture: what
+    stands for a picture in a message; example: messages that go before the conversation when asked."""
 
     style: str
     system: str = ""
     roles: tuple = ("", "")
     sep: str = ""
     sep2: str = ""
+    picture: str = IMAGE_TAG
+    example: tuple = ()
 
+
+HUMAN, USER = ("Human", "Assistant"), ("USER", "ASSISTANT")
+CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n"), "<|im_end|>", "<|im_end|>"
+MMTAG = f"<Image>{IMAGE_TAG}</Image>"
 
 TEMPLATES = {
-    "plain": Template("plain", sep="\n"),
-    "v1": Template("two", S_USER, ("USER", "ASSISTANT"), " ", "</s>"),
+    "plain": Template("plain", sep2="\n"),
+    "v1": Template("two", S_USER, USER, " ", "</s>"),
+    "llava_v1": Template("two", S_HUMAN, USER, " ", "</s>"),
+    "v1_mmtag": Template("two", S_MMTAG, USER, " ", "</s>", MMTAG),
+    "v0": Template("single", S_HUMAN, HUMAN, "###", "###", example=EXAMPLE),
+    "llava_v0": Template("single", S_HUMAN, HUMAN, "###", "###"),
+    "v0_mmtag": Template("single", S_MMTAG, HUMAN, "###", "###", MMTAG),
+    "llama_2": Template("llama_2", S_LLAMA2, USER, "<s>", "</s>"),
+    "llava_llama_2": Template("llama_2", S_LLAVA2, USER, "<s>", "</s>"),
+    "mistral_instruct": Template("llama_2", "", USER, "", "</s>"),
+    "chatml_direct": Template("mpt", "<|im_start|>system\nAnswer the questions.", *CHATML),
+    "mpt": Template("mpt", S_MPT, *CHATML),
 }
-ALIASES = {"vicuna_v1": "v1", "v0_plain": "plain"}
+ALIASES = {"vicuna_v1": "v1", "v0_plain": "plain", "default": "v0", "mistral_direct": "chatml_direct",
+           "template_v0": "llava_v0"}  # trained alike; but asked without v0's example, which shows no picture
+VERSIONS = {"v0": "v1", "v0.5": "v1", "default": "llava_v0"}  # of --version, where it names no template
 
 
 @dataclass
 class Rendered:
     """prompt: the text; learned: [(start, end)] of its characters that carry labels; bos: whether the tokenizer's BOS
-    goes in front (a chat template writes its own, if it wants one)."""
+    goes in front (a chat template writes its own, if it wants one); notes: what was odd about the messages."""
 
     prompt: str
     learned: list
     bos: bool = True
+    notes: list = field(default_factory=list)
 
 
 def canonical(name):
@@ -66,95 +133,160 @@ def canonical(name):
     return name
 
 
-def resolve_conv_mode(config, tokenizer):
-    """Which template a model speaks -> its name. Decided by content, in this order (DESIGN.md, rule 3).
+def of_version(version):
+    """`--version` as training takes it -> (template's name, what should be said about it or None).
+
+    v0 and v0.5 have chosen no template since LLaVA 1.1.3: what they train is v1's text, v0 with the token `[PAD]` where
+    the tokenizer names none (LLAVA.md 5.1). The text of LLaVA's first models is template_v0.
+    """
+    name = canonical(VERSIONS.get(version, version))
+    warning = (f"WARNING: --version {version} trains the text of {name}, as in the original; what LLaVA v0 was "
+               "trained with is --version template_v0")
+    return name, warning if version in ("v0", "v0.5") else None
+
+
+def choose_conv_mode(config, tokenizer):
+    """Which template a model speaks -> (name, why). Decided by content, in this order (DESIGN.md, rule 3).
 
     config: LlavaConfig, whose conv_mode (asked for by the user, or from config.json) goes first; tokenizer: Tokenizer,
-    or None where there is none. The name may be one that is not in the table yet: `render` says so when it is needed.
+    or None where there is none. ValueError for a name that is not in the table.
     """
     if config.conv_mode:
-        return ALIASES.get(config.conv_mode, config.conv_mode)
+        return canonical(config.conv_mode), "as asked for, or as config.json says"
     if tokenizer is not None and tokenizer.chat_template and _shows_text(tokenizer):
-        return CHAT
+        return CHAT, "the tokenizer brings one"
+    if config.mm_use_im_start_end and tokenizer is not None and tokenizer.token_to_id(PAD) is not None:
+        return "llava_v0", f"pictures stand in {START_END[0]}, and the tokenizer has {PAD}"
     if config.mm_use_im_start_end:
-        return "v1" if tokenizer is None or tokenizer.token_to_id("[PAD]") is None else "llava_v0"
+        return "v1", f"pictures stand in {START_END[0]}, and the tokenizer has no {PAD}"
     if config.text.model_type == "mistral":
-        return "mistral_instruct"
-    return "chatml_direct" if config.text.vocab_size >= 64000 else "v1"
+        return "mistral_instruct", "the language model is a Mistral"
+    if config.text.vocab_size >= 64000:
+        return "chatml_direct", f"the vocabulary has {config.text.vocab_size} entries, 64000 or more"
+    return "v1", "nothing says otherwise"
+
+
+def resolve_conv_mode(config, tokenizer):
+    """The name alone of `choose_conv_mode`."""
+    return choose_conv_mode(config, tokenizer)[0]
+
+
+def show_pictures(conv_mode, text, mm_use_im_start_end=False):
+    """A message's text with each `<image>` as the template wants it: bare, or in <Image> or <im_start> tags."""
+    place = IMAGE_TAG.join(START_END) if mm_use_im_start_end else IMAGE_TAG
+    frame = IMAGE_TAG if conv_mode == CHAT else TEMPLATES[canonical(conv_mode)].picture
+    return text.replace(IMAGE_TAG, frame.replace(IMAGE_TAG, place))
 
 
 def render(conv_mode, messages, tokenizer=None, open=False):
     """Messages [(role, text)] -> Rendered.
 
-    Roles are human and gpt in turn; a first message from gpt is left out, as the original does. open=True: the prompt
-    ends with the header of the answer that is to be generated. The tokenizer is needed for "chat_template" only.
-    ValueError, naming the turn, for what the template cannot say.
+    Roles are human and gpt in turn; a first message from gpt is left out, as the original does. Only the style single,
+    in training, takes all messages as they come. open=True: the prompt ends with the header of the answer that is to be
+    generated. The tokenizer is needed for "chat_template" only. ValueError, naming the turn, for what cannot be said.
     """
     conv_mode = canonical(conv_mode)
-    messages = turns(messages)
+    template = TEMPLATES.get(conv_mode, Template(CHAT))
+    if template.style == "plain":
+        return _render_plain(template, messages, open)
+    if template.style == "single" and not open:
+        return _render_v0(template, messages)
+    messages, notes = turns(messages)
     if conv_mode == CHAT:
-        return _render_chat(messages, tokenizer, open)
-    template = TEMPLATES[conv_mode]
-    return {"two": _render_two, "plain": _render_plain}[template.style](template, messages, open)
+        rendered = _render_chat(messages, tokenizer, open)
+    else:  # an answer yet to come is an empty one
+        rendered = render_turns(template, [*messages, (1, "")] if open else messages)
+    rendered.notes = notes
+    return rendered
 
 
 def turns(messages):
-    """[(role, text)] -> [(0 or 1, text)]: 0 asks and 1 answers, alternating from 0; ValueError otherwise."""
+    """[(role, text)] -> ([(0 or 1, text)], notes): 0 asks and 1 answers, alternating from 0; ValueError otherwise."""
     for number, (role, _) in enumerate(messages, 1):
         if role not in PERSON:
             raise ValueError(f"unknown role: turn {number} is from {role!r}; expected human or gpt")
-    messages = [(PERSON[role], text) for role, text in messages]
-    skipped = int(bool(messages) and messages[0][0] == 1)
-    for number, (person, _) in enumerate(messages[skipped:]):
+    skipped = int(bool(messages) and messages[0][0] == "gpt")
+    messages = [(PERSON[role], text) for role, text in messages][skipped:]
+    for number, (person, _) in enumerate(messages):
         if person != number % 2:
-            who = ("human", "gpt")[person]
-            raise ValueError(f"two turns of one speaker: turn {number + skipped + 1} is from {who} like the one before "
-                             "it; expected human and gpt in turn")
-    return messages[skipped:]
+            raise ValueError(f"two turns of one speaker: turn {number + skipped + 1} is from {[*PERSON][person]} like "
+                             "the one before it; expected human and gpt in turn")
+    odd = {"first turn from gpt: it is left out": skipped,
+           "last turn from human: it has no answer to learn": messages and messages[-1][0] == 0,
+           "empty question": (0, "") in messages, EMPTY_ANSWER: (1, "") in messages}
+    return messages, [note for note, found in odd.items() if found]
 
 
 def stop(conv_mode, tokenizer):
-    """What ends a generated answer -> (set of ids, list of strings that are no single token)."""
+    """What ends a generated answer -> (set of ids, list of strings that are no special token)."""
     conv_mode = canonical(conv_mode)
     ids = {tokenizer.eos_token_id} - {None}
     if conv_mode == CHAT:
         return ids | {_end_of_turn(tokenizer)[0]}, []
-    end = TEMPLATES[conv_mode].sep2 or TEMPLATES[conv_mode].sep
+    end = TEMPLATES[conv_mode].sep2
     end_id = tokenizer.token_to_id(end)
-    return (ids, [end]) if end_id is None else (ids | {end_id}, [])
+    return (ids | {end_id}, []) if end_id in tokenizer.special_ids else (ids, [end])
 
 
 # -------------------------------------------------------------------------------------------------- LLaVA's templates
 
 
-def _render_two(template, messages, open):
-    """`system sep`, then `role: text sep` for the human and `role: text sep2` for the assistant.
+def frame(template):
+    """What stands around the texts of a conversation -> {"head": of the prompt, "question", "answer": (header, before,
+    after), "first": before the first question}."""
+    if template.style == "llama_2":  # the first <s> is the tokenizer's
+        system = f"<<SYS>>\n{template.system}\n<</SYS>>\n\n" if template.system else ""
+        return {"head": "", "first": f"[INST] {system}", "question": ("", f"{template.sep}[INST] ", " [/INST]"),
+                "answer": ("", " ", f" {template.sep2}")}
+    colon, space = (":", " ") if template.style in ("two", "single") else ("", "")
+    question, answer = (role + colon for role in template.roles)
+    return {"head": template.system + template.sep, "first": space, "question": (question, space, template.sep),
+            "answer": (answer, space, template.sep2)}
 
-    An empty text leaves only `role:` with no separator: the original takes it for an answer yet to come.
-    """
-    prompt, learned = template.system + template.sep, []
-    for person, text in messages:
-        prompt += template.roles[person] + ":"
+
+def render_turns(template, messages):
+    """Styles two, llama_2, mpt, and single when asked. An empty text leaves only the header: the original takes it for
+    an answer yet to come."""
+    if template.style == "llama_2" and messages and not messages[0][1]:
+        raise ValueError("empty first question: this template puts its system sentence there; expected a text")
+    around = frame(template)
+    prompt, learned = around["head"], []
+    for number, (person, text) in enumerate([*template.example, *messages]):
+        header, before, after = around["answer" if person else "question"]
+        prompt += header
         if text:
             start = len(prompt)
-            prompt += " " + text + (template.sep, template.sep2)[person]
+            prompt += (before if number else around["first"]) + text + after
             if person == 1:
                 learned.append((start, len(prompt)))
-    if open:
-        prompt += template.roles[1] + ":"
     return Rendered(prompt, learned)
+
+
+def _render_v0(template, messages):
+    """What LLaVA v0 was trained with, not quite what it is asked with: a line per message, whoever it is from.
+
+    Learned are the answers with their headers, and the ### before a question and at the end, where an answer stops.
+    """
+    prompt, learned = template.system + "\n\n", []
+    for role, text in messages:
+        start = len(prompt)
+        name = template.roles[PERSON[role.lower()]] if str(role).lower() in PERSON else "unknown"
+        prompt += f"### {name}: {text}\n"
+        learned.append((start, start + len("###") if role == "human" else len(prompt)))
+    return Rendered(prompt + "### ", [*learned, (len(prompt), len(prompt) + len("### "))])
 
 
 def _render_plain(template, messages, open):
     """Stage 1: the picture and its caption, nothing else. Of the question only the <image> tags remain."""
     pictures = IMAGE_TAG * messages[0][1].count(IMAGE_TAG) if messages else ""
-    if len(messages) != 2 - open or not pictures:
-        raise ValueError(f"not for template plain: it takes one question with an {IMAGE_TAG} tag and one answer; "
-                         f"found {len(messages)} turns, {'with' if pictures else 'without'} a tag in the first")
+    roles = [str(role) for role, _ in messages]
+    if roles != ["human", "gpt"][: 2 - open] or not pictures:
+        raise ValueError(f"not for template plain: it takes one question with an {IMAGE_TAG} tag and one answer; found "
+                         f"turns from {', '.join(roles)}, {'with' if pictures else 'without'} a tag in the first")
     if open:
         return Rendered(pictures, [])
-    prompt = pictures + messages[1][1] + template.sep
-    return Rendered(prompt, [(len(pictures), len(prompt))])
+    prompt = pictures + messages[1][1] + template.sep2
+    return Rendered(prompt, [(len(pictures), len(prompt))], notes=[] if messages[1][1] else [EMPTY_ANSWER])
 
 
 # --------------------------------------------------------------------------------------- the tokenizer's own template
