@@ -6,8 +6,8 @@ keeps for it, and from there on they are tokens like any other.
 
 Batches are packed: sequences lie end to end without padding, and attention never crosses from one to the next.
 
-Legend: B sequences, T rows (tokens) of all of them together, P pictures, N tokens of a picture, D width, H heads,
-K head dim, V vocabulary.
+Legend: B sequences, T rows (tokens) of all of them together, P pictures, N tokens of a view (a picture is one view or,
+with `anyres`, several), D width, H heads, K head dim, V vocabulary.
 """
 
 import math
@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import vision
 from kernels.attention import Packing, attend_to_cache, attention
+from kernels.cross_entropy import linear_cross_entropy
 from projector import build_projector
-from vision import ClipVision, ClipVisionConfig, selected_depth
+from vision import NEWLINE, ClipVision, ClipVisionConfig
 
 IGNORE_INDEX = -100  # a label that is not learned
 IMAGE_TOKEN_INDEX = -200  # an input id that is not a word but one place of a picture
@@ -107,17 +109,44 @@ class LlavaConfig:
     mm_projector_type: str = "linear"
     mm_vision_select_layer: int = -2
     mm_vision_select_feature: str = "patch"  # drops the class token; cls_patch keeps it
-    image_aspect_ratio: str = "square"
+    image_aspect_ratio: str = "square"  # or pad, or anyres: vision.ImageProcessor.views
+    image_grid_pinpoints: list = None  # anyres's canvases (height, width); None: LLaVA 1.6's
+    mm_patch_merge_type: str = "flat"  # anyres's order: vision.reading_order
+    unpad_rounded: bool = True  # cut the padding off as llava-hf does; False: as the original (vision.unpad)
     mm_use_im_start_end: bool = False
     tokenizer_model_max_length: int = None
     conv_mode: str = None  # the conversation template (formats/templates.py)
 
     @property
     def image_tokens(self):
-        """N: the places one picture takes in a sequence; 0 without a tower."""
+        """N: the features of one view; 0 without a tower."""
         if self.vision is None:
             return 0
         return self.vision.num_patches + (self.mm_vision_select_feature == "cls_patch")
+
+    @property
+    def pinpoints(self):
+        """The canvases (height, width) that anyres chooses from."""
+        return vision.canvases(self.image_grid_pinpoints, self.vision.image_size)
+
+    def tiles_of(self, size):
+        """(rows, columns) of the tiles of a picture of (height, width); (0, 0) where its one view is all."""
+        if self.vision is None or self.image_aspect_ratio != "anyres":
+            return 0, 0
+        return tuple(length // self.vision.image_size for length in vision.best_resolution(size, self.pinpoints))
+
+    def views_of(self, size):
+        """How many views of a picture of (height, width) the tower is shown."""
+        return 1 + math.prod(self.tiles_of(size))
+
+    def reading_order(self, size):
+        """The features of a picture of (height, width) in the order in which they are read, (places,) int64."""
+        return vision.reading_order(
+            size, self.tiles_of(size), self.image_tokens, self.mm_patch_merge_type, self.unpad_rounded)
+
+    def tokens_of(self, size):
+        """The places that a picture of (height, width) takes in a sequence; 0 without a tower."""
+        return len(self.reading_order(size))
 
 
 # ----------------------------------------------------------------------------------------------------- language model
@@ -283,29 +312,46 @@ class Cache:
 class Llava(nn.Module):
     """Tower, projector and language model. Without `config.vision` only the last: a blind LLaVA is a text model.
 
-    A batch is any object with input_ids (T,), labels (T,), position_ids (T,), cu_seqlens (B+1,) and
-    pixel_values (P, 3, S, S); each picture owns N consecutive places of input_ids, marked IMAGE_TOKEN_INDEX.
+    A batch is any object with input_ids (T,), labels (T,), position_ids (T,), cu_seqlens (B+1,), image_sizes, a list of
+    P (height, width), and pixel_values (views, 3, S, S), the views of one picture after those of another. Each picture
+    owns config.tokens_of(size) consecutive places of input_ids, marked IMAGE_TOKEN_INDEX.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.vision_tower = self.mm_projector = None
+        self.vision_tower = self.mm_projector = self.image_newline = None
         if config.vision is not None:
-            depth = selected_depth(config.vision.num_hidden_layers, config.mm_vision_select_layer)
+            depth = vision.selected_depth(config.vision.num_hidden_layers, config.mm_vision_select_layer)
             self.vision_tower = ClipVision(config.vision, depth)
             self.mm_projector = build_projector(
                 config.mm_projector_type, config.vision.hidden_size, config.text.hidden_size)
+            vision.check_merge(config.mm_patch_merge_type, config.mm_vision_select_feature)
+            if config.mm_patch_merge_type == "spatial_unpad":
+                newline = nn.Parameter(torch.empty(config.text.hidden_size))
+                self.image_newline = nn.init.normal_(newline, std=config.text.hidden_size**-0.5)
         self.language_model = Llama(config.text)
 
-    def picture_features(self, pixel_values):
-        """(P, 3, S, S) -> (P, N, D): what the language model will see."""
+    def view_features(self, pixel_values):
+        """(views, 3, S, S) -> (views, N, D): what the language model can read of them."""
         frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             x = self.vision_tower(pixel_values)
         if self.config.mm_vision_select_feature == "patch":
             x = x[:, 1:]
         return self.mm_projector(x.to(self.language_model.model.embed_tokens.weight.dtype))
+
+    def arrange(self, features, image_sizes):
+        """Features of the views of P pictures (views * N, D) -> (places, D), each picture's in its reading order."""
+        orders, begin = [], 0
+        for size in image_sizes:
+            order = self.config.reading_order(size)
+            orders.append(torch.where(order == NEWLINE, len(features), order + begin))
+            begin += self.config.views_of(size) * self.config.image_tokens
+        assert begin == len(features), (begin, len(features))
+        if self.image_newline is not None:
+            features = torch.cat([features, self.image_newline[None].to(features.dtype)])
+        return F.embedding(torch.cat(orders).to(features.device), features)
 
     def embed(self, batch):
         """Words are looked up, places of pictures filled with features. -> (T, D)"""
@@ -315,14 +361,16 @@ class Llava(nn.Module):
             if slots.any():
                 raise ValueError("this model has no vision tower and cannot look at pictures; load one that has")
             return x
-        pixels = batch.pixel_values
-        if len(pixels):
-            features = self.picture_features(pixels).flatten(0, 1)  # (P*N, D)
+        if len(batch.pixel_values):
+            features = self.view_features(batch.pixel_values).flatten(0, 1)  # (views * N, D)
+            if self.config.mm_patch_merge_type != "flat":
+                features = self.arrange(features, batch.image_sizes)
             assert len(features) == int(slots.sum()), (len(features), int(slots.sum()), batch.ids)
             return x.masked_scatter(slots[:, None], features.to(x.dtype))
         if torch.is_grad_enabled():  # every rank must run the same modules, so a batch without pictures sees a grey one
             side = self.config.vision.image_size
-            x = x + 0 * self.picture_features(x.new_zeros(1, 3, side, side)).sum()
+            seen = self.view_features(x.new_zeros(1, 3, side, side)).sum()
+            x = x + 0 * (seen if self.image_newline is None else seen + self.image_newline.sum())
         return x
 
     def hidden(self, batch, cache=None):
@@ -349,4 +397,4 @@ class Llava(nn.Module):
         """
         rows = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
         hidden = self.hidden(batch).index_select(0, rows - 1)
-        return F.cross_entropy(self.language_model.lm_head(hidden).float(), batch.labels[rows])
+        return linear_cross_entropy(hidden, self.language_model.lm_head.weight, batch.labels[rows])

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
 from formats import command, templates
 from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Cache, rotate
 from tokenizer import IMAGE_TAG, TextStream
-from vision import open_picture
+from vision import NEWLINE, join_tiles, open_picture, unpad
 from weights import load
 
 MINIATURE = Path(__file__).parent / "miniature" / "llava"  # the small model that comes with the project
@@ -94,7 +95,7 @@ def _generate_batch(loaded, requests, on_token):
     logits = loaded.model.last_logits(batch, cache)  # (B, V)
     first_token = time.perf_counter() - start
     while True:
-        logits[:, len(loaded.tokenizer):] = float("-inf")  # rows that only pad the vocabulary are no words
+        logits[:, loaded.silent_ids] = float("-inf")  # rows that only pad the vocabulary are no words
         likeliest = logits.argmax(-1).tolist()
         for row, i in enumerate(rows):
             if not answers[i].ended:
@@ -136,8 +137,9 @@ def encode(loaded, request):
     if request.images and not any(IMAGE_TAG in text for _, text in messages):
         role, text = messages[0]
         messages[0] = (role, f"{IMAGE_TAG}\n" * len(request.images) + text)
-    if loaded.config.mm_use_im_start_end:
-        messages = [(role, text.replace(IMAGE_TAG, f"<im_start>{IMAGE_TAG}<im_end>")) for role, text in messages]
+    if request.images:
+        messages = [(role, templates.show_pictures(loaded.conv_mode, text, loaded.config.mm_use_im_start_end))
+                    for role, text in messages]
     rendered = templates.render(loaded.conv_mode, messages, loaded.tokenizer, open=True)
     if request.images:
         ids, _ = data.encode_prompt(rendered.prompt, loaded.tokenizer, rendered.bos)
@@ -146,13 +148,11 @@ def encode(loaded, request):
     if ids.count(IMAGE_TOKEN_INDEX) != len(request.images):
         raise ValueError(f"{len(request.images)} pictures for {ids.count(IMAGE_TOKEN_INDEX)} {IMAGE_TAG} tags; "
                          "give one picture per tag, or no tags")
+    if request.images and loaded.image_processor is None:
+        raise ValueError("this model has no vision tower and cannot look at pictures")
     example = data.Example("question", ids, [IGNORE_INDEX] * len(ids))
-    if request.images:
-        if loaded.image_processor is None:
-            raise ValueError("this model has no vision tower and cannot look at pictures")
-        example.pixel_values = torch.cat([loaded.image_processor(picture, loaded.config.image_aspect_ratio)
-                                          for picture in map(as_picture, request.images)])  # (P, 3, S, S)
-    return example
+    pictures = [as_picture(image) for image in request.images]
+    return data.put_pictures(example, pictures, loaded.image_processor, loaded.config.image_aspect_ratio)
 
 
 def as_picture(image):
@@ -166,6 +166,7 @@ class Growing:
 
     def __init__(self, loaded, request, device, room):
         self.request, self.room, self.ended, self.token_ids = request, room, False, []
+        self.said, self.passed_on = "", 0  # the text so far, and how many characters of it push() has returned
         self.tokenizer, self.stream = loaded.tokenizer, TextStream(loaded.tokenizer)
         self.stop_ids, self.stop_texts = templates.stop(loaded.conv_mode, loaded.tokenizer)
         self.stop_ids = self.stop_ids | loaded.config.text.eos_token_ids
@@ -175,11 +176,24 @@ class Growing:
         """Take the next token from its scores (V,). -> the text it completes"""
         token = likeliest if self.request.temperature <= 0 else self.draw(logits)
         self.token_ids.append(token)
-        stopped = token in self.stop_ids or any(
-            text in self.tokenizer.decode(self.token_ids) for text in self.stop_texts)
+        stopped = token in self.stop_ids
+        self.said += "" if stopped else self.stream.push(token)
+        stopped = stopped or any(stop in self.said for stop in self.stop_texts)
         self.ended = stopped or len(self.token_ids) >= self.room
-        piece = "" if stopped else self.stream.push(token)
-        return piece + (self.stream.flush() if self.ended else "")
+        if self.ended:
+            self.said += self.stream.flush()
+        piece = self.certain()[self.passed_on:]
+        self.passed_on += len(piece)
+        return piece
+
+    def certain(self):
+        """The text so far without a stop string, nor a tail that may yet become one (`##` of `###`)."""
+        text = self.said
+        for stop in self.stop_texts:
+            text = text.split(stop)[0]
+            if not self.ended:
+                text = text[: len(text) - max(k for k in range(len(stop)) if text.endswith(stop[:k]))]
+        return text
 
     def draw(self, logits):
         """Sample: temperature, then top-k, then top-p (Holtzman et al. 2020), in HF's order."""
@@ -205,7 +219,8 @@ class Growing:
 
 @torch.no_grad()
 def picture_attention(loaded, request, answer):
-    """How much the answer's tokens attended to each place of each picture. -> (P, N), mean over tokens, heads, layers
+    """How much the answer's tokens attended to each place of each picture. -> P tensors (places,), means over tokens,
+    heads and layers
 
     One more pass over prompt and answer. Each layer's queries and keys are made a second time beside it, since the
     fused attention never holds the weights themselves.
@@ -217,7 +232,7 @@ def picture_attention(loaded, request, answer):
     model = loaded.model
     batch = data.pack([example], loaded.config).to(model.language_model.lm_head.weight.device)
     writing = torch.arange(asked - 1, len(batch.input_ids) - 1, device=batch.input_ids.device)  # rows that chose tokens
-    places = (batch.input_ids == IMAGE_TOKEN_INDEX).nonzero().squeeze(1)  # (P*N,)
+    places = (batch.input_ids == IMAGE_TOKEN_INDEX).nonzero().squeeze(1)  # of all pictures
     maps = []
 
     def listen(attention, inputs):
@@ -227,33 +242,46 @@ def picture_attention(loaded, request, answer):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (T, H, K)
         scores = torch.einsum("whk,thk->hwt", q[writing], k).float() * attention.head_dim**-0.5
         future = torch.arange(len(x), device=x.device) > writing[:, None]
-        maps.append(scores.masked_fill(future, float("-inf")).softmax(-1)[:, :, places].mean((0, 1)))  # (P*N,)
+        maps.append(scores.masked_fill(future, float("-inf")).softmax(-1)[:, :, places].mean((0, 1)))
 
     handles = [layer.self_attn.register_forward_pre_hook(listen) for layer in model.language_model.model.layers]
     model.hidden(batch)
     for handle in handles:
         handle.remove()
-    return torch.stack(maps).mean(0).view(len(request.images), -1).cpu()
+    return torch.stack(maps).mean(0).cpu().split([loaded.config.tokens_of(size) for size in batch.image_sizes])
 
 
 def light_up(loaded, image, attention, side=384):
-    """The picture as the tower sees it, and beside it the same with the attended patches lit.
+    """The picture as the tower sees it (of several views the first, which shows all of it), and beside it the same with
+    the attended patches lit.
 
-    attention (N,) -> PIL (2 side, side)
+    attention (places,) -> PIL (2 side, side)
     """
-    config, picture = loaded.config, as_picture(image)
-    processor = loaded.image_processor
-    square = processor.pad_to_square(picture) if config.image_aspect_ratio == "pad" else picture
-    square = processor.resize_and_crop(square).resize((side, side), Image.Resampling.LANCZOS)
-    grid = config.vision.image_size // config.vision.patch_size
-    heat = attention[-grid * grid:].view(grid, grid)  # without the class token, if it is there
-    heat = (255 * heat / heat.max().clamp(min=1e-9)).byte().numpy()
-    mask = Image.fromarray(heat).resize((side, side), Image.Resampling.BICUBIC)
-    lit = Image.composite(square, square.point(lambda value: value // 5), mask)
+    picture, processor = as_picture(image), loaded.image_processor
+    whole = processor.resize_and_crop(processor.views(picture, loaded.config.image_aspect_ratio)[0])
+    whole = whole.resize((side, side), Image.Resampling.LANCZOS)
+    heat = sum(F.interpolate(grid[None, None], (side, side), mode="bicubic")[0, 0].clamp(min=0)
+               for grid in heat_maps(loaded.config, picture.size[::-1], attention))
+    mask = Image.fromarray((255 * heat / heat.max().clamp(min=1e-9)).byte().numpy())
+    lit = Image.composite(whole, whole.point(lambda value: value // 5), mask)
     sheet = Image.new("RGB", (2 * side, side))
-    sheet.paste(square, (0, 0))
+    sheet.paste(whole, (0, 0))
     sheet.paste(lit, (side, 0))
     return sheet
+
+
+def heat_maps(config, size, attention):
+    """Attention to the places of a picture of (height, width) -> grids that each cover the whole picture, as attention
+    per area: one from the squashed view, with anyres one from the tiles, too."""
+    order, side = config.reading_order(size), config.vision.image_size // config.vision.patch_size
+    views = torch.zeros(config.views_of(size) * config.image_tokens)
+    views[order[order != NEWLINE]] = attention[order != NEWLINE]
+    views = views.view(-1, config.image_tokens)[:, -side * side:].view(-1, side, side)  # without the class token
+    yield views[0] * side**2
+    if len(views) > 1:
+        tiles = unpad(join_tiles(views[1:], config.tiles_of(size)), size, config.unpad_rounded)
+        if tiles.numel():  # none are left of a picture that is a mere line
+            yield tiles * tiles.numel()
 
 
 def thumbnail(sheet, rows=14):

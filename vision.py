@@ -3,10 +3,14 @@
 LLaVA reads the output of a layer before the last (`mm_vision_select_layer` -2): the last one has been trained to sum
 the picture up, the one before still says what is where. Later layers are neither built nor loaded here.
 
-Legend: P pictures, S side of a picture in pixels, N patches (tokens) of a picture, D width of the tower, H heads,
-K head dim.
+A tower sees small squares only. LLaVA 1.5 makes a picture one square view. LLaVA 1.6 (`anyres`) looks several times: at
+the whole picture, squashed to a square, and at the tiles of a larger copy of it, so that small things stay readable.
+
+Legend: P views, S side of a view in pixels, N patches (tokens) of a view, D width of the tower, H heads, K head dim.
+Sizes are (height, width) in pixels everywhere but in Pillow's own calls.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -100,7 +104,7 @@ class ClipEmbeddings(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(config.hidden_size) * 0.02)
+        self.class_embedding = nn.init.normal_(nn.Parameter(torch.empty(config.hidden_size)), std=0.02)
         self.patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
         self.position_embedding = nn.Embedding(1 + config.num_patches, config.hidden_size)
@@ -150,6 +154,88 @@ def selected_depth(num_hidden_layers, select_layer):
     return depth
 
 
+# ------------------------------------------------------------------------------------------------- where anyres looks
+
+GRIDS = [(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)]  # LLaVA 1.6's canvases in tiles: (rows, columns)
+MERGES = ("flat", "spatial", "spatial_unpad")
+NEWLINE = -1  # in a reading order: no feature of the picture, but the learned vector `image_newline`
+
+
+def canvases(pinpoints, side):
+    """image_grid_pinpoints [[height, width], …], None for LLaVA 1.6's five shapes -> the same, for tiles of `side`."""
+    pinpoints = pinpoints or [[rows * side, columns * side] for rows, columns in GRIDS]
+    for height, width in pinpoints:
+        if min(height, width) < side or height % side or width % side:
+            raise ValueError(f"image_grid_pinpoints: a canvas of height {height} and width {width} is no whole number "
+                             f"of tiles; the vision tower takes {side} x {side} pixels")
+    return [list(canvas) for canvas in pinpoints]
+
+
+def best_resolution(size, pinpoints):
+    """The canvas (height, width) of `pinpoints` on which most of a picture's pixels survive; of equals the one with
+    the least empty area, then the first (LLAVA.md 3.3, its truncations kept: they decide between near equals)."""
+    (height, width), best = size, []
+    for rows, columns in pinpoints:
+        scale = min(columns / width, rows / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)  # enlarging gains nothing
+        best.append((kept, kept - rows * columns))
+    return tuple(pinpoints[best.index(max(best))])
+
+
+def fit(size, canvas):
+    """A picture's size once it is scaled to just fit into a canvas; broken pixels count as whole ones."""
+    (height, width), (rows, columns) = size, canvas
+    if columns / width < rows / height:
+        return min(math.ceil(height * (columns / width)), rows), columns
+    return rows, min(math.ceil(width * (rows / height)), columns)
+
+
+def join_tiles(tiles, grid):
+    """(tiles, n, n), row by row -> (rows * n, columns * n): what stands side by side in the picture does so again."""
+    return tiles.unflatten(0, grid).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def unpad(patches, size, rounded=True):
+    """Cut off, of the (rows, columns) patches of a canvas, those that lie around a picture of `size`.
+
+    The two sides are always cut alike, so that a row of padding may stay. The original takes the whole part of a
+    quotient that floating point may put just below a whole number; llava-hf rounds it first (`rounded`). (LLAVA.md 3.4)
+    """
+    (height, width), (rows, columns), y, x = size, patches.shape, 0, 0
+    if width / height > columns / rows:
+        used = height * (columns / width)
+        y = (rows - int(round(used, 7) if rounded else used)) // 2
+    else:
+        used = width * (rows / height)
+        x = (columns - int(round(used, 7) if rounded else used)) // 2
+    return patches[y: rows - y, x: columns - x]
+
+
+def reading_order(size, grid, tokens, merge, rounded=True):
+    """The features of a picture of (height, width) in the order that the language model reads, (places,) int64.
+
+    Features are counted through its views, `tokens` each: the squashed whole, then a grid (rows, columns) of tiles.
+    `flat` reads view by view. `spatial` reads the whole, then all tiles as one large picture, line by line across them;
+    `spatial_unpad` leaves the padding out and ends each line with NEWLINE (LLaVA 1.6; LLAVA.md 3.4).
+    """
+    order = torch.arange((1 + math.prod(grid)) * tokens)
+    if merge == "flat" or len(order) == tokens:
+        return order
+    whole, tiles = order[:tokens], join_tiles(order[tokens:].view(-1, math.isqrt(tokens), math.isqrt(tokens)), grid)
+    if merge == "spatial_unpad":
+        tiles = F.pad(unpad(tiles, size, rounded), (0, 1), value=NEWLINE)
+    return torch.cat([whole, tiles.flatten()])
+
+
+def check_merge(merge, feature):
+    """ValueError for an mm_patch_merge_type that is not known or cannot be had with this mm_vision_select_feature."""
+    if merge not in MERGES:
+        raise ValueError(f"mm_patch_merge_type {merge!r} is not known; use {', '.join(MERGES)}")
+    if merge != "flat" and feature != "patch":
+        raise ValueError(f"mm_patch_merge_type {merge} lays patches side by side, and a class token has no place; use "
+                         "mm_vision_select_feature patch")
+
+
 # ------------------------------------------------------------------------------------------------- pictures to pixels
 
 
@@ -172,14 +258,16 @@ def open_picture(path, exif=False):
 class ImageProcessor:
     """Picture -> the tower's pixels, equal bit for bit to the original's way through PIL and CLIPImageProcessor.
 
-    shortest_edge, crop_size: pixels; image_mean, image_std: CLIP's, per channel. LLAVA.md 3.1 and 3.2 in the field's
-    words: resize the short side (bicubic on 8-bit values), crop the centre, scale to 0..1, normalise.
+    shortest_edge, crop_size: pixels; image_mean, image_std: CLIP's, per channel; image_grid_pinpoints: the canvases
+    (height, width) of anyres. LLAVA.md 3.1 to 3.3 in the field's words: resize the short side (bicubic on 8-bit
+    values), crop the centre, scale to 0..1, normalise.
     """
 
     crop_size: int = 224
     shortest_edge: int | None = None
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    image_grid_pinpoints: list | None = None
 
     @classmethod
     def from_dict(cls, values):
@@ -203,16 +291,34 @@ class ImageProcessor:
         }
 
     def __call__(self, picture, aspect="pad"):
-        """PIL picture -> float32 (1, 3, S, S). `pad`: to a square on the mean colour; `square`: cut to one."""
+        """PIL picture -> float32 (views, 3, S, S); aspect as in `views`."""
+        pixels = np.stack([self.resize_and_crop(view) for view in self.views(picture, aspect)])  # (views, S, S, 3) u8
+        shades = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]  # in float64 first, as for the original
+        shades = (shades - np.float32(self.image_mean)) / np.float32(self.image_std)  # (256, 3): all there are
+        return torch.from_numpy(np.stack([shades[:, c].take(pixels[..., c], mode="clip") for c in range(3)], 1))
+
+    def views(self, picture, aspect="pad"):
+        """The PIL pictures that the tower is shown for one. `pad`: made square on the mean colour; `square`: to be cut
+        to one; `anyres`: the whole, squashed, then its tiles."""
         picture = picture if picture.mode == "RGB" else picture.convert("RGB")
         if aspect == "pad":
-            picture = self.pad_to_square(picture)
-        elif aspect not in ("square", None):
-            raise ValueError(f"image_aspect_ratio {aspect!r} is not known; use pad or square")
-        pixels = np.asarray(self.resize_and_crop(picture))  # (S, S, 3) uint8
-        pixels = (pixels * (1 / 255)).astype(np.float32)  # product in float64, as numpy does it for the original
-        pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
+            return [self.pad_to_square(picture)]
+        if aspect == "anyres":
+            return self.squash_and_tile(picture)
+        if aspect in ("square", None):
+            return [picture]
+        raise ValueError(f"image_aspect_ratio {aspect!r} is not known; use anyres, pad or square")
+
+    def squash_and_tile(self, picture):
+        """The picture at S x S, then the tiles, row by row, of the canvas it fits best, centred there on black."""
+        edge, tile, size = self.shortest_edge or self.crop_size, self.crop_size, picture.size[::-1]
+        height, width = best_resolution(size, self.image_grid_pinpoints)
+        fitted = picture.resize(fit(size, (height, width))[::-1], Image.Resampling.BICUBIC)
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
+        corners = [(x, y) for y in range(0, height, tile) for x in range(0, width, tile)]
+        return [picture.resize((edge, edge), Image.Resampling.BICUBIC),
+                *(canvas.crop((x, y, x + tile, y + tile)) for x, y in corners)]
 
     def pad_to_square(self, picture):
         """Centre the picture on a square of the mean colour, (122, 116, 104) for CLIP; odd rests go below or right."""

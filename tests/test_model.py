@@ -22,7 +22,8 @@ def pack(sequences, pixel_values=None, labels=None):
     lengths = torch.tensor([0] + [len(s) for s in sequences])
     pixels = torch.empty(0, 3, 28, 28) if pixel_values is None else pixel_values
     return SimpleNamespace(input_ids=ids, labels=labels, position_ids=position, cu_seqlens=lengths.cumsum(0),
-                           pixel_values=pixels, ids=[str(i) for i in range(len(sequences))])
+                           pixel_values=pixels, image_sizes=[(28, 28)] * len(pixels),
+                           ids=[str(i) for i in range(len(sequences))])
 
 
 def small_llava(**changes):
@@ -219,7 +220,7 @@ def test_mixed_batches_equal_one_by_one():
 def test_image_tokens(feature, tokens):
     model = small_llava(mm_vision_select_feature=feature)
     assert model.config.image_tokens == tokens
-    assert model.picture_features(torch.zeros(2, 3, 28, 28)).shape == (2, tokens, 32)
+    assert model.view_features(torch.zeros(2, 3, 28, 28)).shape == (2, tokens, 32)
 
 
 def test_loss_is_the_mean_over_labelled_rows():

@@ -1,5 +1,6 @@
 """sample.py: company never changes an answer, draws follow the textbook, the command line keeps its promises."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -164,6 +165,20 @@ def test_draws_follow_the_textbook(loaded, temperature, top_k, top_p):
     assert (found - expected).abs().max() < 0.03
 
 
+def test_a_stop_string_that_is_no_token(loaded):
+    """LLaVA v0 ends with ###: it is never shown, nor is a part of it before it is known to be something else."""
+    old = dataclasses.replace(loaded, conv_mode="llava_v0")
+    growing, pieces = sample.Growing(old, Request([]), torch.device("cpu"), 99), []
+    for token in loaded.tokenizer.encode("A # cat ## x ###Human: y", bos=False):
+        if not growing.ended:
+            pieces.append(growing.push(None, token))
+    assert "".join(pieces).strip() == growing.text() == "A # cat ## x" and growing.ended
+    assert not any(piece.endswith("#") for piece in pieces)
+    short = sample.Growing(old, Request([]), torch.device("cpu"), 3)
+    pieces = [short.push(None, loaded.tokenizer.token_to_id(piece)) for piece in ("<0x23>", "<0x23>", "<0x41>")]
+    assert pieces == ["", "", "##A"] and short.ended and short.text() == "##A"
+
+
 def test_a_seed_repeats_an_answer_and_another_gives_another(loaded):
     first, again, other = generate(loaded, [ask("Hi", temperature=1.0, seed=seed) for seed in (1, 1, 2)])
     assert first.token_ids == again.token_ids != other.token_ids
@@ -238,7 +253,7 @@ def test_attention_maps_are_the_mean_of_transformers_attentions(tiny_llava, scen
     loaded = load(tiny_llava, device="cpu", dtype="float32")
     request = ask("First <image> then <image> .", scenes / "a.png", scenes / "b.png", max_new_tokens=5)
     answer = generate(loaded, [request])[0]
-    maps = sample.picture_attention(loaded, request, answer)
+    maps = torch.stack(sample.picture_attention(loaded, request, answer))
     assert maps.shape == (2, 4) and (maps > 0).all() and maps.sum() < 1
 
     example = sample.encode(loaded, request)
