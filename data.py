@@ -11,11 +11,15 @@ A record is LLaVA's JSON: {"id", "image", "conversations": [{"from": "human" | "
 What a record holds that it should not is never passed over: it stops the run, or is counted and reported.
 
     python data.py show  --data_path F --image_folder D --model_name_or_path M [--version v1] [--index 0 2] [--json]
-    python data.py check --data_path F --image_folder D --model_name_or_path M [--version v1] [--json]
+    python data.py check --data_path F --image_folder D --model_name_or_path M [--version v1] [--json] [--fix OUT]
+    python data.py convert scienceqa|okvqa|ubiai|csv SRC OUT
 
-Legend: n sequences, T tokens of all of them, P pictures, N places of one picture, S pixels of a picture's side.
+The original finds labels by counting tokens and drops a record where it loses count; --strict_labels does so here, too.
+
+Legend: n sequences, T tokens of all of them, P pictures, N places of one picture, S pixels of a view's side.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -23,25 +27,40 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
 
 from formats import command, layouts, templates
+from formats.files import read_json
+from formats.hub import find_folder
+from formats.records import add_tag, convert, convert_flags, read_records, write_records
+from formats.strict_labels import loses_count, strict_labels
+from formats.templates import CHAT, EMPTY_ANSWER, START_END, TEMPLATES
+from formats.vocabulary import missing_tokens
 from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig
 from tokenizer import IMAGE_TAG, Tokenizer
 from vision import open_picture
-from weights import find_folder, read_json
 
-START_END = ("<im_start>", "<im_end>")  # around a picture's place, with mm_use_im_start_end
-EMPTY_ANSWER = "empty answer"
+MENDED = "the original would lose count of its tokens and learn nothing of it; here its answers are learned"
+REPLACED = "broken picture: the next record with a picture stands in its place"
+SUFFIX = "mis-suffixed picture: its content is of another format than its name says; it is read all the same"
+SAME_ID = "duplicate id: an earlier record has it, too"
+SAME = "duplicate content: an earlier record has the same picture and text"
+MASKED = "tokenization mismatch: nothing is learned from it, as in the original"
 
 
 @dataclass
 class Example:
     """One record, rendered. ids, labels: with one -200 per picture; learned: the stretches of the prompt that carry
     labels; spans: each token's characters in the prompt; pictures: a file per -200; notes: what was odd about the
-    record; pixel_values: (P, 3, S, S) float32, once they are loaded."""
+    record; pixel_values: (views, 3, S, S) float32 and image_sizes: a (height, width) per picture, once they are loaded;
+    replaces: ids of the records with broken pictures in whose place it stands.
+    """
 
     id: str
     ids: list
@@ -52,13 +71,16 @@ class Example:
     pictures: list = field(default_factory=list)
     notes: list = field(default_factory=list)
     pixel_values: torch.Tensor = None
+    image_sizes: list = field(default_factory=list)
+    replaces: list = field(default_factory=list)
 
 
 @dataclass
 class Batch:
     """Sequences end to end. input_ids, labels, position_ids: (T,) int64; cu_seqlens: (n+1,) int32, where each begins
-    and the last ends; pixel_values: (P, 3, S, S) float32 in the order of their places, N ids of -200 each; ids: the
-    records'; notes: [(what was odd or cut, record id)]."""
+    and the last ends; pixel_values: (views, 3, S, S) float32, one view or (anyres) several per picture, in the order of
+    the pictures' places, ids of -200, `LlavaConfig.tokens_of` its size each; ids: the records'; image_sizes: [(height,
+    width)] of the pictures; notes: [(what was odd or cut, record id)]."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -66,49 +88,13 @@ class Batch:
     cu_seqlens: torch.Tensor
     pixel_values: torch.Tensor
     ids: list
+    image_sizes: list = field(default_factory=list)
     notes: list = field(default_factory=list)
 
     def to(self, device):
         """The same batch on another device."""
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return Batch(**{**vars(self), **moved})
-
-
-# --------------------------------------------------------------------------------------------------- files -> records
-
-
-def read_records(paths):
-    """One path or several, each a JSON array or one JSON object per line -> list of records, in order."""
-    return [record for path in _as_list(paths) for record in _read_file(path)]
-
-
-def _as_list(paths):
-    return [paths] if isinstance(paths, (str, Path)) else list(paths)
-
-
-def _read_file(path):
-    """The records of one file; ValueError names the file, and the line of a JSONL file."""
-    expected = "expected a JSON array or one JSON object per line"
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; check --data_path") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); {expected}") from None
-    whole = text.lstrip().startswith("[")
-    records = []
-    for number, part in enumerate([text] if whole else text.split("\n"), 1):
-        try:
-            records += json.loads(part) if whole else [json.loads(part)] if part.strip() else []
-        except ValueError as error:
-            raise ValueError(f"{path}{'' if whole else f', line {number}'}: {expected} ({error})") from None
-    for number, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}: record {number} is {str(record)[:40]!r}; expected an object")
-        record.setdefault("id", str(number))
-    if not records:
-        raise ValueError(f"{path} holds no records; {expected}")
-    return records
 
 
 # ------------------------------------------------------------------------------------- a record -> prompt, ids, labels
@@ -138,12 +124,6 @@ def messages_of(record):
                          "a picture without an <image> tag: it is not shown")
     elif image is None and tags:
         notes.append("an <image> tag without a picture: it is plain text")
-    if messages[0][0] == "gpt":
-        notes.append("first turn from gpt: it is left out")
-    if messages[-1][0] == "human":
-        notes.append("last turn from human: it has no answer to learn")
-    if any(role == "gpt" and not text for role, text in messages):
-        notes.append(EMPTY_ANSWER)
     return messages, image, notes
 
 
@@ -154,28 +134,33 @@ def _tag_to_front(text):
     return f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip()
 
 
-def compose(record, conv_mode, tokenizer, mm_use_im_start_end=False):
+def compose(record, conv_mode, tokenizer, mm_use_im_start_end=False, strict=False):
     """A record -> (Rendered, pictures, notes); pictures: a file per <image> of the prompt, or None for a text-only
-    record, where an <image> is mere text."""
+    record, where an <image> is mere text. strict: as the original, also where that loses the record."""
     messages, image, notes = messages_of(record)
-    if image is not None and mm_use_im_start_end:
-        if None in map(tokenizer.token_to_id, START_END):
+    if image is not None:
+        if mm_use_im_start_end and None in map(tokenizer.token_to_id, START_END):
             raise ValueError("mm_use_im_start_end needs a tokenizer with the tokens <im_start> and <im_end>")
-        messages = [(role, text.replace(IMAGE_TAG, IMAGE_TAG.join(START_END))) for role, text in messages]
-    if image is None and conv_mode == "plain":
+        messages = [(role, templates.show_pictures(conv_mode, text, mm_use_im_start_end)) for role, text in messages]
+    elif conv_mode == "plain":
         raise ValueError("not for template plain: it takes pictures with captions, and this record has no `image`")
     rendered = templates.render(conv_mode, messages, tokenizer)
     tags = rendered.prompt.count(IMAGE_TAG)
     if isinstance(image, list) and len(image) != tags:
         raise ValueError(f"pictures and tags differ: `image` lists {len(image)}, the text has {tags} {IMAGE_TAG}")
+    notes += rendered.notes
+    counted = conv_mode != CHAT and not strict and rendered.learned
+    if counted and loses_count(TEMPLATES[conv_mode], rendered.prompt, tokenizer):
+        notes.append(MENDED)
     return rendered, [image] * tags if isinstance(image, str) else image, notes
 
 
-def encode_prompt(prompt, tokenizer, bos=True):
+def encode_prompt(prompt, tokenizer, bos=True, strict=False):
     """A prompt with <image> tags -> (ids, spans), one -200 per tag (LLAVA.md 2.3).
 
     The text between tags is encoded piece by piece, as if each were a text of its own: with SentencePiece the text
-    after a picture begins with another space. Only the whole has a BOS.
+    after a picture begins with another space. Only the whole has a BOS. strict: where the text itself begins with the
+    BOS (ChatML, <|im_start|>), lose the first token behind each picture, as the original does.
     """
     ids, spans, place = [], [], 0
     for piece in prompt.split(IMAGE_TAG):
@@ -183,34 +168,43 @@ def encode_prompt(prompt, tokenizer, bos=True):
             ids.append(IMAGE_TOKEN_INDEX)
             spans.append((place - len(IMAGE_TAG), place))
         piece_ids, piece_spans = tokenizer.encode_with_spans(piece, bos=bos and not place)
-        ids += piece_ids
-        spans += [(place + start, place + end) for start, end in piece_spans]
+        lost = int(strict and place > 0 and not tokenizer.adds_bos and ids[:1] == [tokenizer.bos_token_id])
+        ids += piece_ids[lost:]
+        spans += [(place + start, place + end) for start, end in piece_spans[lost:]]
         place += len(piece) + len(IMAGE_TAG)
     return ids, spans
 
 
-def render_record(record, tokenizer, conv_mode, mm_use_im_start_end=False, model_max_length=None):
+def render_record(record, tokenizer, conv_mode, mm_use_im_start_end=False, model_max_length=None, strict=False):
     """A record -> Example without pixels: prompt, ids and labels as training sees them before batches are made.
 
     A token is learned if its characters lie within a learned stretch of the prompt; so labels hold whatever the text
-    says, where the original drops a whole sample whose token counts disagree (LLAVA.md 2.6). A text-only record is cut
-    at model_max_length here, one with pictures when it is packed. ValueError: what is wrong, without the record's name.
+    says. strict: count tokens as the original does, which drops a whole sample whose counts disagree (LLAVA.md 2.6). A
+    text-only record is cut at model_max_length here, one with pictures when it is packed. ValueError: what is wrong,
+    without the record's name.
     """
     conv_mode = templates.canonical(conv_mode)
-    rendered, pictures, notes = compose(record, conv_mode, tokenizer, mm_use_im_start_end)
-    if pictures is None:
-        ids, spans = tokenizer.encode_with_spans(rendered.prompt, rendered.bos)
-    else:
-        ids, spans = encode_prompt(rendered.prompt, tokenizer, rendered.bos)
+    strict = strict and conv_mode != CHAT  # which the original does not know
+    rendered, pictures, notes = compose(record, conv_mode, tokenizer, mm_use_im_start_end, strict)
+
+    def encode(text, bos=True):
+        plain = pictures is None
+        return tokenizer.encode_with_spans(text, bos) if plain else encode_prompt(text, tokenizer, bos, strict)
+
+    ids, spans = encode(rendered.prompt, rendered.bos)
     begins = [begin for begin, _ in rendered.learned]
     labels = [IGNORE_INDEX] * len(ids)
     for i, (start, end) in enumerate(spans):
         k = bisect_right(begins, start) - 1  # the last stretch that begins at or before this token
-        if k >= 0 and end <= rendered.learned[k][1]:
+        if k >= 0 and start < rendered.learned[k][1] >= end:
             labels[i] = ids[i]
     if pictures is None and model_max_length and len(ids) > model_max_length:
         ids, labels, spans = ids[:model_max_length], labels[:model_max_length], spans[:model_max_length]
         notes.append(_cut_note(labels))
+    if strict:
+        labels, mismatch = strict_labels(TEMPLATES[conv_mode], rendered, ids, lambda text: encode(text)[0],
+                                         pictures is not None, tokenizer, model_max_length)
+        notes += [MASKED] * mismatch
     return Example(str(record.get("id")), ids, labels, rendered.prompt, rendered.learned, spans, pictures or [], notes)
 
 
@@ -222,8 +216,8 @@ def _cut_note(labels):
 # ------------------------------------------------------------------------------------------------- examples -> batches
 
 
-def widen(example, image_tokens, model_max_length=None):
-    """Give every picture its places -> (ids, labels, pictures left, note or None), cut at model_max_length.
+def widen(example, places, model_max_length=None):
+    """Give the k-th picture its places[k] -> (ids, labels, pictures left, note or None), cut at model_max_length.
 
     The original cuts ids, then features, wherever the limit falls, possibly within a picture. Here a picture that does
     not fit whole goes, and all behind it: attention is causal, so nothing that is left and learned depended on it.
@@ -231,7 +225,7 @@ def widen(example, image_tokens, model_max_length=None):
     ids, labels, pictures = [], [], 0
     for token, label in zip(example.ids, example.labels):
         is_picture = token == IMAGE_TOKEN_INDEX
-        width = image_tokens if is_picture else 1
+        width = places[pictures] if is_picture else 1
         if model_max_length and len(ids) + width > model_max_length:
             return ids, labels, pictures, _cut_note(labels)
         ids += [token] * width
@@ -242,30 +236,49 @@ def widen(example, image_tokens, model_max_length=None):
 
 def pack(examples, config, model_max_length=None):
     """Examples -> Batch; config: LlavaConfig. What is longer than model_max_length is cut, and noted."""
-    input_ids, labels, positions, bounds, pixels, notes = [], [], [], [0], [], []
+    input_ids, labels, positions, bounds, pixels, sizes, notes = [], [], [], [0], [], [], []
     for example in examples:
-        row_ids, row_labels, pictures, cut = widen(example, config.image_tokens, model_max_length)
+        places = [config.tokens_of(size) for size in example.image_sizes]
+        row_ids, row_labels, pictures, cut = widen(example, places, model_max_length)
+        if (largest := max(row_ids, default=0)) >= config.text.vocab_size:
+            raise ValueError(f"record {example.id!r}: token {largest} has no row in the model's embeddings, which have "
+                             f"{config.text.vocab_size}; take it out of the text, or use this very model's tokenizer")
         input_ids += row_ids
         labels += [IGNORE_INDEX] * len(row_labels[:1]) + row_labels[1:]  # nothing predicts the first
         positions += range(len(row_ids))
         bounds.append(len(input_ids))
         if pictures:
-            pixels.append(example.pixel_values[:pictures])
+            sizes += example.image_sizes[:pictures]
+            pixels.append(example.pixel_values[: sum(map(config.views_of, example.image_sizes[:pictures]))])
         notes += [(note, example.id) for note in [*example.notes, cut] if note]
+        notes += [(REPLACED, name) for name in example.replaces]
     size = config.vision.image_size if config.vision else 0
     return Batch(
         torch.tensor(input_ids), torch.tensor(labels), torch.tensor(positions), torch.tensor(bounds, dtype=torch.int32),
-        torch.cat(pixels) if pixels else torch.zeros(0, 3, size, size), [example.id for example in examples], notes)
+        torch.cat(pixels) if pixels else torch.zeros(0, 3, size, size), [example.id for example in examples], sizes,
+        notes)
 
 
 def load_pictures(example, image_processor, aspect, image_folder="", exif=False):
     """Open the example's pictures and put their pixels into it (each file once, however often it is shown)."""
-    if example.pictures:
+    opened = {name: open_picture(os.path.join(image_folder, name), exif) for name in dict.fromkeys(example.pictures)}
+    return put_pictures(example, [opened[name] for name in example.pictures], image_processor, aspect)
+
+
+def put_pictures(example, pictures, image_processor, aspect):
+    """Put PIL pictures into an example: pixel_values, image_sizes."""
+    if pictures:
         check_tower(image_processor)
-        pixels = {name: image_processor(open_picture(os.path.join(image_folder, name), exif), aspect)  # (1, 3, S, S)
-                  for name in dict.fromkeys(example.pictures)}
-        example.pixel_values = torch.cat([pixels[name] for name in example.pictures])  # (P, 3, S, S)
+        pixels = {id(picture): image_processor(picture, aspect) for picture in pictures}  # (views, 3, S, S) each
+        example.pixel_values = torch.cat([pixels[id(picture)] for picture in pictures])
+        example.image_sizes = [picture.size[::-1] for picture in pictures]
     return example
+
+
+def places_of(example, config, image_folder):
+    """Open the example's pictures -> the places that each takes, 1 where the model's tower is not known."""
+    sizes = {name: open_picture(os.path.join(image_folder, name)).size[::-1] for name in set(example.pictures)}
+    return [config.tokens_of(sizes[name]) or 1 for name in example.pictures]
 
 
 def check_tower(image_processor):
@@ -307,49 +320,53 @@ class Question:
 class Records:
     """A data set for torch's DataLoader: records[i] is the i-th Example, records.pack the collate_fn.
 
-    All records are rendered once at the start, so that what is wrong is known before the first step. A bad record stops
-    the run, or with on_bad_record="skip" is left out and counted; one whose picture turns out broken later stays where
-    it is, so that the order of the others holds, but teaches nothing.
+    All records are looked at once, at the start, so that what is wrong is known before the first step; none is kept.
+    A bad record stops the run, or with on_bad_record="skip" is left out and counted. So does a picture that is missing;
+    with on_bad_image="skip" the next record with a picture stands in the place of its record, and the others keep
+    theirs. A picture that turns out broken later stops the run, or with either flag has its record replaced.
     """
 
     def __init__(self, paths, image_folder, loaded, conv_mode=None, model_max_length=None, on_bad_record="stop",
-                 exif=False):
+                 exif=False, strict_labels=False, on_bad_image="stop", seed=42):
         # Not `loaded` itself: a DataLoader's workers may get a copy of this object, and the model is large.
         self.tokenizer, self.image_processor, self.config = loaded.tokenizer, loaded.image_processor, loaded.config
         self.image_folder, self.exif = image_folder or "", exif
         self.conv_mode = templates.canonical(conv_mode or loaded.conv_mode)
         self.model_max_length = model_max_length or loaded.config.tokenizer_model_max_length
-        self.skip = on_bad_record == "skip"
+        self.skip, self.replace, self.strict = on_bad_record == "skip", on_bad_image == "skip", strict_labels
         self.notes = {}  # what was odd -> the records' ids, in order
-        self.records = []
-        for path in _as_list(paths):
-            for record in progress(_read_file(path), f"reading {path}"):
-                try:
-                    self.examine(record)
-                    self.records.append(record)
-                except ValueError as error:
-                    if not self.skip:
-                        raise ValueError(f"{path}: record {record['id']!r}: {error}") from None
-                    self.note(f"left out, {_kind(error)}", record["id"])
-        if not self.records:
+        every, good = read_records(paths, seed), []
+        for i, record in enumerate(progress(every, "reading records")):
+            try:
+                self.examine(record)
+                good.append(i)
+            except ValueError as error:
+                if not self.skip:
+                    path = every.datasets[bisect_right(every.cumulative_sizes, i)].path
+                    raise ValueError(f"{path}: record {record['id']!r}: {error}") from None
+                self.note(f"left out, {_kind(error)}", record["id"])
+        if not good:
             raise ValueError(f"{paths}: every record was left out; `python data.py check` lists the reasons")
+        self.records = Subset(every, np.array(good))  # a sequence that reads and parses what is asked for
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, i):
-        example = self.render(self.records[i])
-        try:
-            return load_pictures(
-                example, self.image_processor, self.config.image_aspect_ratio, self.image_folder, self.exif)
-        except ValueError as error:
-            if not self.skip:
-                raise ValueError(f"record {example.id!r}: {error}") from None
-            size = self.config.vision.image_size
-            example.pixel_values = torch.zeros(len(example.pictures), 3, size, size)
-            example.labels = [IGNORE_INDEX] * len(example.ids)
-            example.notes.append("broken picture: nothing is learned from it")
-            return example
+        broken = []
+        for record in map(self.records.__getitem__, chain(range(i, len(self)), range(i))):
+            if broken and record.get("image") is None:
+                continue
+            example = self.render(record)
+            try:
+                example.replaces = broken
+                return load_pictures(
+                    example, self.image_processor, self.config.image_aspect_ratio, self.image_folder, self.exif)
+            except ValueError as error:
+                if not self.replace and not self.skip:
+                    raise ValueError(f"record {example.id!r}: {error}") from None
+                broken.append(example.id)
+        raise ValueError(f"no picture can be read in {self.image_folder}; check --image_folder")
 
     def pack(self, examples):
         """Examples -> Batch, cut at model_max_length."""
@@ -358,12 +375,13 @@ class Records:
     def render(self, record):
         """One record -> Example without pixels."""
         return render_record(record, self.tokenizer, self.conv_mode, self.config.mm_use_im_start_end,
-                             self.model_max_length)
+                             self.model_max_length, self.strict)
 
     def examine(self, record):
         """Note what is odd about a record; ValueError if nothing can be learned from it or its picture is missing."""
-        rendered, pictures, notes = compose(record, self.conv_mode, self.tokenizer, self.config.mm_use_im_start_end)
-        check_record(rendered.learned, pictures, notes, self.image_folder)
+        rendered, pictures, notes = compose(
+            record, self.conv_mode, self.tokenizer, self.config.mm_use_im_start_end, self.strict)
+        check_record(rendered.learned, None if self.replace else pictures, notes, self.image_folder)
         if pictures:
             check_tower(self.image_processor)
         for note in notes:
@@ -425,7 +443,7 @@ def progress(items, what):
 
 
 def main():
-    """python data.py show|check …"""
+    """python data.py show|check|convert …"""
     parser = command.Parser(prog="data.py", description=__doc__.split("\n")[0])
     doors = parser.add_subparsers(dest="door", required=True)
     for run, about in ((show, "prompt, ids and labels of records"), (check, "every record and picture, one report")):
@@ -434,42 +452,58 @@ def main():
         door.add_argument("--data_path", required=True, nargs="+", help="JSON array or JSONL, one file or several")
         door.add_argument("--image_folder", default="", help="where the records' pictures lie")
         door.add_argument("--model_name_or_path", required=True, help="a model; its tokenizer files are enough")
-        door.add_argument("--version", help="conversation template; default: the model's own")
+        door.add_argument("--version", help="conversation template, as in training; default: the model's own")
+        door.add_switch("--strict_labels", help="count tokens as the original does, and drop a sample that disagrees")
         door.add_argument("--model_max_length", type=int, help="the longest sequence; default: the model's own limit")
         door.add_switch("--mm_use_im_start_end", default=None, help="<im_start> and <im_end> around pictures")
         door.add_switch("--json", help="print JSON and nothing else")
+        door.add_argument("--seed", type=int, default=42, help="draws the records where a path has a share: a.json:0.5")
         if run is show:
             door.add_argument("--index", type=int, nargs="+", help="records, from 0; default: 0 1 2, with --json all")
+        else:
+            door.add_argument("--fix", metavar="OUT", help="write the records that can be learned from, each once")
+            door.add_argument("--dataloader_num_workers", type=int, help="processes; default: one per processor")
+    convert_flags(doors.add_parser("convert", help="records out of other data sets")).set_defaults(run=convert)
     args = parser.parse_args()
     return args.run(args)
 
 
 def read_model(args):
     """The parts of a model that text needs, without its weights -> (tokenizer, conv_mode, LlavaConfig)."""
-    folder = find_folder(args.model_name_or_path)
+    folder = find_folder(args.model_name_or_path, weights=False)
     path = Path(folder) / "config.json"
-    config = layouts.read_config(read_json(path), (), folder) if path.exists() else LlavaConfig()
-    config.conv_mode = args.version or config.conv_mode
+    values = read_json(path) if path.exists() else {}
+    config = layouts.read_config(values, (), folder) if values else LlavaConfig()
+    if args.version:
+        config.conv_mode, warning = templates.of_version(args.version)
+        if warning:
+            print(warning, file=sys.stderr)
     if args.mm_use_im_start_end is not None:
         config.mm_use_im_start_end = args.mm_use_im_start_end
-    tokenizer = Tokenizer.from_folder(folder, START_END if config.mm_use_im_start_end else ())
+    tokenizer = Tokenizer.from_folder(folder)
+    tokens = missing_tokens(tokenizer, values, config.mm_use_im_start_end, config.text.vocab_size,
+                            templates.PAD if args.version == "v0" else None)
+    if tokens:
+        tokenizer = Tokenizer.from_folder(folder, tokens)
     config.tokenizer_model_max_length = args.model_max_length or config.tokenizer_model_max_length
-    return tokenizer, templates.canonical(templates.resolve_conv_mode(config, tokenizer)), config
+    return tokenizer, templates.resolve_conv_mode(config, tokenizer), config
 
 
 def show(args):
     """Print what training sees of some records."""
     tokenizer, conv_mode, config = read_model(args)
-    records, rows = read_records(args.data_path), []
+    records, rows = read_records(args.data_path, args.seed), []
     for i in args.index or range(len(records) if args.json else min(3, len(records))):
         if not -len(records) <= i < len(records):
             raise ValueError(f"--index {i}: the file holds {len(records)} records, counted from 0")
         row = {"id": str(records[i]["id"])}
         try:
             example = render_record(records[i], tokenizer, conv_mode, config.mm_use_im_start_end,
-                                    config.tokenizer_model_max_length)
+                                    config.tokenizer_model_max_length, args.strict_labels)
             row |= {"prompt": example.prompt, "input_ids": example.ids, "labels": example.labels}
-            text = portrait(example, colour=sys.stdout.isatty())
+            known = config.vision and all(os.path.isfile(os.path.join(args.image_folder, x)) for x in example.pictures)
+            places = places_of(example, config, args.image_folder) if known and not args.json else None
+            text = portrait(example, places, colour=sys.stdout.isatty())
         except ValueError as error:
             row["error"] = str(error)
             text = f"── {row['id']}: ERROR {error}\n"
@@ -480,8 +514,9 @@ def show(args):
         print(json.dumps(rows))
 
 
-def portrait(example, colour):
-    """An example for a reader: its prompt with the learned tokens green (without colour: between brackets)."""
+def portrait(example, places, colour):
+    """An example for a reader: its prompt with the learned tokens green (without colour: between brackets). places: of
+    its pictures, None where they are not known."""
     on, off = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
     learned = [label != IGNORE_INDEX for label in example.labels]
     text, place, inside = "", 0, False
@@ -490,51 +525,90 @@ def portrait(example, colour):
             text += example.prompt[place:start] + (on if now else off)
             place, inside = start, now
     text += example.prompt[place: example.spans[-1][1]] + off * inside
-    head = f"── {example.id}: {len(example.ids)} tokens, {sum(learned)} learned, {len(example.pictures)} pictures"
+    tokens = len(example.ids) if places is None else len(widen(example, places)[0])
+    head = f"── {example.id}: {tokens} tokens, {sum(learned)} learned, {len(example.pictures)} pictures"
+    if example.pictures:
+        head += " of one token each" if places is None else f" of {', '.join(map(str, places))} tokens"
     return "\n".join([head, *(f"   note: {note}" for note in example.notes), text, ""])
+
+
+class Inspector:
+    """What `check` finds: inspector[i] -> (record id, error or None, notes, tokens, whether anything is learned, a
+    fingerprint of picture and text)."""
+
+    def __init__(self, args):
+        self.tokenizer, self.conv_mode, self.config = read_model(args)
+        self.records, self.folder, self.strict = (
+            read_records(args.data_path, args.seed), args.image_folder, args.strict_labels)
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        record, config, limit = self.records[i], self.config, self.config.tokenizer_model_max_length
+        content = json.dumps([record.get("image"), record.get("conversations")]).encode()
+        name, content = str(record["id"]), hashlib.blake2b(content, digest_size=16).digest()
+        try:
+            example = render_record(
+                record, self.tokenizer, self.conv_mode, config.mm_use_im_start_end, limit, self.strict)
+            check_record(example.learned, example.pictures, example.notes, self.folder)
+        except ValueError as error:
+            return name, _kind(error), [], 0, False, content
+        broken, odd = None, example.notes
+        try:
+            places = places_of(example, config, self.folder)
+            if not all(has_its_suffix(os.path.join(self.folder, picture)) for picture in example.pictures):
+                odd.append(SUFFIX)
+        except ValueError:
+            broken, places = "broken picture", [config.image_tokens or 1] * len(example.pictures)
+        length = len(widen(example, places)[0])
+        _, labels, _, cut = widen(example, places, limit)
+        learns = any(label != IGNORE_INDEX for label in labels)
+        return name, broken, odd + [cut] * bool(cut), length, learns, content
+
+
+def has_its_suffix(path):
+    """Whether a picture file holds what its name says; one without a known suffix says nothing."""
+    with Image.open(path) as picture:
+        found = "JPEG" if picture.format == "MPO" else picture.format  # a camera's JPEG with a second picture in it
+    return Image.registered_extensions().get(Path(path).suffix.lower(), found) == found
 
 
 def check(args):
     """Look at every record and every picture; -> exit status 1 if there is an error."""
-    tokenizer, conv_mode, config = read_model(args)
-    records = read_records(args.data_path)
-    limit, errors, notes, lengths = config.tokenizer_model_max_length, {}, {}, Counter()
-    for record in progress(records, "checking"):
-        record_id = str(record["id"])
-        try:
-            example = render_record(record, tokenizer, conv_mode, config.mm_use_im_start_end, limit)
-            check_record(example.learned, example.pictures, example.notes, args.image_folder)
-        except ValueError as error:
-            errors.setdefault(_kind(error), []).append(record_id)
-            continue
-        try:
-            for name in set(example.pictures):
-                open_picture(os.path.join(args.image_folder, name))
-        except ValueError:
-            errors.setdefault("broken picture", []).append(record_id)
-        length = len(widen(example, config.image_tokens or 1)[0])
-        lengths[1 << max(5, (length - 1).bit_length())] += 1  # the power of two that holds it, 32 at least
-        cut = widen(example, config.image_tokens or 1, limit)[3]
-        for note in filter(None, [*example.notes, cut]):
-            notes.setdefault(note, []).append(record_id)
-    lengths = dict(sorted(lengths.items()))
-    if args.json:
-        print(json.dumps({"records": len(records), "conv_mode": conv_mode, "errors": errors, "notes": notes,
-                          "tokens_up_to": lengths}))
-    else:
-        print(check_report(len(records), conv_mode, config, errors, notes, lengths))
+    inspector, errors, notes, lengths, seen, clean = Inspector(args), {}, {}, Counter(), set(), []
+    processes = (os.cpu_count() if len(inspector) > 500 else 0) if args.dataloader_num_workers is None else (
+        args.dataloader_num_workers)
+    rows = DataLoader(inspector, batch_size=None, num_workers=processes)
+    for i, (name, error, odd, length, learns, content) in enumerate(progress(rows, "checking")):
+        if learns and not error and content not in seen:
+            clean.append(i)
+        if length:
+            lengths[1 << max(5, (length - 1).bit_length())] += 1  # the power of two that holds it, 32 at least
+        for note in [*odd, *(what for what, key in ((SAME_ID, name), (SAME, content)) if key in seen)]:
+            notes.setdefault(note, []).append(name)
+        if error:
+            errors.setdefault(error, []).append(name)
+        seen |= {name, content}
+    report = {"records": len(inspector), "conv_mode": inspector.conv_mode, "errors": errors, "notes": notes,
+              "tokens_up_to": dict(sorted(lengths.items())), "clean": len(clean)}
+    print(json.dumps(report) if args.json else check_report(report, inspector.config))
+    if args.fix:
+        write_records(args.fix, (add_tag(inspector.records[i]) for i in clean))
+        print(f"{len(clean)} records written to {args.fix}", file=sys.stderr)
     return 1 if errors else 0
 
 
-def check_report(count, conv_mode, config, errors, notes, lengths):
+def check_report(report, config):
     """The report of `check` as text."""
-    lines = [f"{count} records, template {conv_mode}, {config.image_tokens or 1} tokens per picture"]
-    for title, found in (("ERROR", errors), ("note", notes)):
+    tokens = f"{config.image_tokens or 1} tokens per {'view' if config.image_aspect_ratio == 'anyres' else 'picture'}"
+    lines = [f"{report['records']} records, template {report['conv_mode']}, {tokens}"]
+    for title, found in (("ERROR", report["errors"]), ("note", report["notes"])):
         for what, ids in sorted(found.items(), key=lambda item: -len(item[1])):
             lines.append(f"{title:5s} {len(ids):>7,}  {what} ({', '.join(ids[:5])}{', …' if len(ids) > 5 else ''})")
-    lines.append("tokens per record:")
-    most = max(lengths.values(), default=1)
-    lines += [f"  up to {size:>6,} {n:>8,}  {'█' * -(-40 * n // most)}" for size, n in lengths.items()]
+    lines += [f"{report['clean']} can be learned from, each counted once", "tokens per record:"]
+    most = max(report["tokens_up_to"].values(), default=1)
+    lines += [f"  up to {size:>6,} {n:>8,}  {'█' * -(-40 * n // most)}" for size, n in report["tokens_up_to"].items()]
     return "\n".join(lines)
 
 

@@ -17,45 +17,62 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.data import DataLoader
 
 import data
 import weights
-from formats import command
-from model import IGNORE_INDEX
-from training import evaluation, flags
-from training.sampler import BatchOrder
+from formats import command, hub, templates
+from formats.layouts import read_pinpoints
+from model import IGNORE_INDEX, Llava
+from training import checkpoint, evaluation, flags, plan
+from training.sampler import BatchOrder, words_of
 
 
 def main(argv=None):
     """Flags -> model -> data -> the loop -> a folder that sample.py and transformers load."""
     args = flags.parse(argv)
+    if args.plan:
+        return show_plan(args)
     device, mesh = start_distributed(args)
     try:
-        interrupted = run(args, device, mesh)
+        stopped = run(args, device, mesh)
         dist.barrier()  # rank 0 may still be writing
-        return 130 if interrupted else 0
+        return 128 + stopped if stopped else 0
     finally:
         gc.collect()  # what is sharded must be gone before the group is, or gloo may abort the process at exit
         dist.destroy_process_group()
 
 
 def run(args, device, mesh):
-    """One whole run on this rank. -> whether Ctrl-C ended it"""
+    """One whole run on this rank. -> the signal that ended it (Ctrl-C is 2, SIGTERM 15), or 0"""
     say = print if mesh.get_rank() == 0 else lambda *_, **__: None
-    prepare_output_dir(args)
+    start, ended = checkpoint.on_first_rank(checkpoint.find, args)
+    if ended:
+        say(ended)
+        return 0
     loaded = build_model(args, device)
-    say(describe(loaded.model, args))
-    records = data.Records(args.data_path.split(","), args.image_folder, loaded, args.version or loaded.conv_mode,
-                           args.model_max_length, on_bad_record=args.on_bad_record)
-    order = BatchOrder(len(records), args.per_device_train_batch_size, args.seed, mesh.get_rank(), mesh.size())
+    say(f"{flags.describe(args)}\n{describe(loaded.model, args)}")
+    records = data.Records(
+        args.data_path, args.image_folder, loaded, args.conv_mode or loaded.conv_mode, args.model_max_length,
+        args.on_bad_record, strict_labels=args.strict_labels, on_bad_image=args.on_bad_image, seed=args.seed)
+    lengths = [words_of(record) for record in records.records] if args.group_by_modality_length else None
+    order = BatchOrder(len(records), args.per_device_train_batch_size, args.seed, mesh.get_rank(), mesh.size(), lengths,
+                       args.gradient_accumulation_steps, args.sample_order == "accelerate")
     judge = evaluation.Judge(args, loaded)
     shard(loaded.model, mesh, args)
     loop = Loop(args, loaded, records, order, build_optimizer(loaded.model, args), judge, mesh, device, say)
-    loop.run()
-    loop.save()
+    loop.begin(start)
+    try:
+        loop.run()
+        loop.save()
+    except Exception as error:
+        loop.rescue(error)
+        raise
+    for what, ids in [item for notes in loop.gather(records.notes) for item in notes.items()]:
+        for name in ids:
+            records.note(what, name)
     if records.report():
         say(records.report())
     return loop.stopped
@@ -71,109 +88,113 @@ def start_distributed(args):
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    backend = "nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # what is offloaded is summed on the CPU
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **alone)
     return device, init_device_mesh(device.type, (dist.get_world_size(),))
-
-
-def prepare_output_dir(args):
-    """Refuse to write over a finished run, and find out now, not after hours, whether the folder can be written."""
-    if os.path.exists(os.path.join(args.output_dir, "config.json")) and not args.overwrite_output_dir:
-        raise ValueError(f"{args.output_dir} already holds a model; give another --output_dir, or "
-                         "--overwrite_output_dir")
-    os.makedirs(args.output_dir, exist_ok=True)
-    if not os.access(args.output_dir, os.W_OK):
-        raise ValueError(f"{args.output_dir} cannot be written; give another --output_dir")
 
 
 def build_model(args, device):
     """Load LLM, tower and projector, and decide what trains. Frozen parts are kept in the dtype of the computation,
     trained ones in float32."""
+    hub.CACHE_DIR = args.cache_dir
     loaded = weights.load(
         args.model_name_or_path, dtype="float32", device=device, vision_tower=args.vision_tower,
         pretrain_mm_mlp_adapter=args.pretrain_mm_mlp_adapter, mm_projector_type=args.mm_projector_type,
         mm_vision_select_layer=args.mm_vision_select_layer, mm_vision_select_feature=args.mm_vision_select_feature,
-        image_aspect_ratio=args.image_aspect_ratio, mm_use_im_start_end=args.mm_use_im_start_end,
+        image_aspect_ratio=args.image_aspect_ratio, mm_patch_merge_type=args.mm_patch_merge_type,
+        image_grid_pinpoints=read_pinpoints(args.image_grid_pinpoints), mm_use_im_start_end=args.mm_use_im_start_end,
+        conv_mode=None if args.conv_mode == "plain" else args.conv_mode,  # plain is no conversation, and asks nothing
+        pad_token=templates.PAD if args.version == "v0" else None, im_patch=args.mm_use_im_patch_token,
         projector_seed=args.seed)
-    model = loaded.model.requires_grad_(False)
-    if model.mm_projector is not None and not args.freeze_mm_mlp_adapter:
-        model.mm_projector.requires_grad_(True)
-    if not args.tune_mm_mlp_adapter:
-        model.language_model.requires_grad_(True)
-        if args.freeze_backbone:
-            model.language_model.model.requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("nothing is left to train: the flags freeze every part (--tune_mm_mlp_adapter needs a tower)")
+    if loaded.model.image_newline is not None and loaded.config.image_aspect_ratio != "anyres":
+        weights.say(f"WARNING: {args.model_name_or_path} has learned anyres, but trains with --image_aspect_ratio "
+                    f"{loaded.config.image_aspect_ratio}: one view per picture, image_newline unused")
+    model = choose_trained(loaded.model, args)
     for p in model.parameters():
         if not p.requires_grad:
-            p.data = p.data.to(torch.bfloat16 if args.bf16 else torch.float32)
-    model.language_model.model.gradient_checkpointing = args.gradient_checkpointing
+            p.data = p.data.to(getattr(torch, args.dtype))
     loaded.config.tokenizer_model_max_length = args.model_max_length
-    if args.version not in (None, "plain"):  # plain is no conversation: questions keep the model's own template
-        loaded.conv_mode = loaded.config.conv_mode = args.version
     return loaded
+
+
+def choose_trained(model, args):
+    """Set requires_grad as the flags say. -> model"""
+    model.requires_grad_(False)
+    llm, learned = model.language_model, [model.vision_tower] * args.unfreeze_mm_vision_tower
+    learned += [model.mm_projector, model.image_newline] * (not args.freeze_mm_mlp_adapter)
+    if args.tune_mm_mlp_adapter:  # <im_start> and <im_end> are new words, and all words share a matrix
+        learned += [llm.model.embed_tokens] * model.config.mm_use_im_start_end
+    else:
+        learned += [llm.lm_head if args.freeze_backbone else llm]
+    for part in learned:
+        if part is not None:
+            part.requires_grad_(True)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("nothing is left to train: the flags freeze every part (--tune_mm_mlp_adapter needs a tower)")
+    return model
+
+
+def show_plan(args):
+    """What the run would hold in memory, told without loading anything (training/plan.py). -> exit status"""
+    with torch.device("meta"):
+        model = Llava(plan.read_config(args))
+    return plan.show(args, choose_trained(model, args))
 
 
 def describe(model, args):
     """The table of what trains: part, parameters, bytes, learning rate."""
     lines = [f"{'part':16s} {'parameters':>14s} {'MB':>9s}   trained"]
-    for name, part in (("vision_tower", model.vision_tower), ("mm_projector", model.mm_projector),
-                       ("language_model", model.language_model)):
-        if part is None:
-            continue
-        own = list(part.parameters())
+    for name in dict.fromkeys(full.split(".")[0] for full, _ in model.named_parameters()):
+        own = [p for full, p in model.named_parameters() if full.split(".")[0] == name]
         trained = sum(p.numel() for p in own if p.requires_grad)
-        rate = args.mm_projector_lr if name == "mm_projector" and args.mm_projector_lr else args.learning_rate
         size = sum(p.numel() * p.element_size() for p in own) / 1e6
         lines.append(f"{name:16s} {sum(p.numel() for p in own):14,d} {size:9.1f}   "
-                     + (f"{trained:,d} at learning rate {rate:g}" if trained else "frozen"))
+                     + (f"{trained:,d} at learning rate {peak_rate(name, args):g}" if trained else "frozen"))
     return "\n".join(lines)
 
 
 def shard(model, mesh, args):
-    """FSDP2: every decoder layer is a unit, the rest of what trains another; frozen parts stay whole on every rank."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if args.bf16 else (
-        MixedPrecisionPolicy())
+    """FSDP2: every layer is a unit, the rest of what trains another; frozen parts stay whole on every rank."""
+    offload = fsdp.CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if args.offload else fsdp.OffloadPolicy()
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
+    how = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
     frozen = {p for p in model.parameters() if not p.requires_grad}
-    for layer in model.language_model.model.layers:
+    tower = model.vision_tower.vision_model["encoder"]["layers"] if model.vision_tower is not None else []
+    for layer in [*tower, *model.language_model.model.layers]:
         if any(p.requires_grad for p in layer.parameters()):
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+            fsdp.fully_shard(layer, **how, reshard_after_forward=not args.keep_gathered)
+    fsdp.fully_shard(model, **how, ignored_params=frozen)
     for method in ("loss", "logits", "last_logits"):
-        register_fsdp_forward_method(model, method)
+        fsdp.register_fsdp_forward_method(model, method)
+
+
+def peak_rate(name, args):
+    """The peak learning rate of a parameter, or of a part: projector and tower may have their own."""
+    own = {"mm_projector": args.mm_projector_lr, "vision_tower": args.mm_vision_tower_lr}.get(name.split(".")[0])
+    return args.learning_rate if own is None else own
 
 
 def build_optimizer(model, args):
-    """AdamW. Matrices decay, biases and norms do not; the projector may have its own rate (`base_lr` of its groups)."""
+    """AdamW. Matrices decay, biases and norms do not; each group's `base_lr` is its peak rate."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            projector = args.mm_projector_lr is not None and name.startswith("mm_projector")
-            decay = not name.endswith("bias") and "norm" not in name
-            groups.setdefault((projector, decay), []).append(p)
+            decay = 0.0 if name.endswith("bias") or "norm" in name else args.weight_decay
+            groups.setdefault((peak_rate(name, args), decay), []).append(p)
     return torch.optim.AdamW(
-        [{"params": parameters, "weight_decay": args.weight_decay if decay else 0.0,
-          "base_lr": args.mm_projector_lr if projector else args.learning_rate}
-         for (projector, decay), parameters in sorted(groups.items())],
+        [{"params": own, "weight_decay": decay, "base_lr": rate} for (rate, decay), own in sorted(groups.items())],
         betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)
 
 
 def learning_rate_factor(step, total, args):
     """The share of the peak rate used in `step` (0-based): a straight rise from 0, then the schedule's fall."""
     warmup = args.warmup_steps or math.ceil(args.warmup_ratio * total)
-    if args.lr_scheduler_type == "constant":
-        return 1.0
-    if step < warmup:
+    if step < warmup and args.lr_scheduler_type != "constant":
         return step / max(1, warmup)
     progress = (step - warmup) / max(1, total - warmup)
-    if args.lr_scheduler_type == "cosine":
-        return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
-    if args.lr_scheduler_type == "linear":
-        return max(0.0, 1 - progress)
-    return 1.0  # constant_with_warmup
+    fall = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress}
+    return max(0.0, fall.get(args.lr_scheduler_type, 1.0))
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -189,57 +210,97 @@ class Loop:
         per_epoch = len(order) // self.accumulate
         self.total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
         self.epochs = math.ceil(self.total / per_epoch)
-        self.step, self.interrupted, self.stopped, self.log, self.started = 0, False, False, None, time.perf_counter()
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.step, self.epoch, self.seen = 0, 0, 0  # done: steps; whole epochs; micro-batches of the epoch under way
+        self.first, self.saved, self.skipped, self.mark = 0, None, 0, None  # see begin, save_checkpoint, worth_a_step
+        self.interrupted, self.stopped, self.log, self.owed = 0, 0, None, args.evaluation_strategy != "no"
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.checkpointing = plan.Checkpointing(args, self.model)
+        self.scaler = torch.amp.GradScaler(device.type, growth_interval=1000, enabled=args.fp16)  # DeepSpeed's interval
         batch = args.per_device_train_batch_size * self.accumulate * mesh.size()
         say(f"{len(records):,} records, template {records.conv_mode}; {self.total} steps of {batch} records "
             f"({args.per_device_train_batch_size} x {self.accumulate} accumulated x {mesh.size()} ranks), "
-            f"{self.total / per_epoch:.2f} epochs, {'bfloat16' if args.bf16 else 'float32'}, seed {args.seed}")
+            f"{self.total / per_epoch:.2f} epochs, {args.dtype}, seed {args.seed}, "
+            f"gradients {f'clipped to a norm of {args.max_grad_norm:g}' if args.max_grad_norm else 'not clipped'}")
+        say(self.checkpointing.line)
+        self.facts = {"records": len(records), "records per step": batch, "steps": self.total}
+
+    def begin(self, folder):
+        """Make sure that all can be saved, and go on from a checkpoint if there is one."""
+        if folder:
+            state = checkpoint.read_state(folder)
+            checkpoint.compare(folder, state["facts"], self.facts, self.args.resume_anyway)
+            checkpoint.load(folder, self.trained, self.optimizer)
+            self.step, self.epoch, self.skipped, self.owed = (state[k] for k in ("step", "epoch", "skipped", "owed"))
+            self.seen = state["records"] // (self.args.per_device_train_batch_size * self.mesh.size())
+            if self.mesh.get_rank() < len(state["random"]):
+                checkpoint.set_random_state(state["random"][self.mesh.get_rank()], self.device)
+            self.scaler.load_state_dict(state["scaler"])
+            self.first = self.saved = self.step
+            self.say(f"resumed from {folder}: {self.step} of {self.total} steps are done")
+        left = sum(self.due("save", step) for step in range(self.step + 1, self.total + 1))
+        self.say(checkpoint.rehearse(self.args, self.loaded, self.trained, self.device, self.step, left))
+        checkpoint.on_first_rank(checkpoint.settle, self.args, self.step if folder else None)
+        self.remember()
 
     def run(self):
-        """Run to the last step or to Ctrl-C (then the step under way is finished)."""
-        previous = signal.signal(signal.SIGINT, self.interrupt)
-        with open(os.path.join(self.args.output_dir, "training_args.json"), "w", encoding="utf-8") as file:
-            json.dump(vars(self.args), file, indent=2)
-        with open(os.path.join(self.args.output_dir, "log.jsonl"), "w", encoding="utf-8") as self.log:
-            if self.args.evaluation_strategy != "no":
-                self.evaluate()  # what the model can do before it learns
-            accumulated, began = [], time.perf_counter()
-            for micro_batch, epoch in self.micro_batches():
-                accumulated.append(self.forward_backward(micro_batch))
-                if len(accumulated) < self.accumulate:
-                    continue
-                self.report(self.optimizer_step(accumulated, epoch, began))
-                self.stopped = self.total_of([self.interrupted]) > 0  # Ctrl-C may reach the ranks in different steps
-                if self.stopped or self.step == self.total:
-                    break
-                if self.due_for_evaluation():
-                    self.evaluate()
-                accumulated, began = [], time.perf_counter()
-            if not self.stopped:
+        """Run to the last step or to Ctrl-C or SIGTERM (then the step under way is finished)."""
+        self.started = time.perf_counter()
+        previous = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with open(os.path.join(self.args.output_dir, "log.jsonl"), "a", encoding="utf-8") as self.log:
+                if self.owed:
+                    self.evaluate()  # what the model can do before it learns, or what Ctrl-C put off
+                if self.step < self.total:
+                    self.steps()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def steps(self):
+        """Step after step: learn, log, evaluate, save."""
+        accumulated, began = [], time.perf_counter()
+        for micro_batch, epoch in self.micro_batches():
+            accumulated.append(self.forward_backward(micro_batch))
+            if len(accumulated) < self.accumulate:
+                continue
+            self.report(self.optimizer_step(accumulated, epoch, began))
+            self.stopped = self.over_ranks(self.interrupted, dist.ReduceOp.MAX)  # it may reach them in different steps
+            if self.owed and not self.stopped:
                 self.evaluate()
-        signal.signal(signal.SIGINT, previous)
+            if self.stopped or self.due("save", self.step):
+                self.save_checkpoint()
+            if self.stopped or self.step == self.total:
+                break
+            accumulated, began = [], time.perf_counter()
 
     def micro_batches(self):
-        """(packed batch, epochs done after it), epoch after epoch."""
+        """(packed batch, epochs done after it), epoch after epoch, from where the run stands."""
         for epoch in range(self.epochs):
-            batches = self.order.epoch()
-            loader = DataLoader(self.records, batch_sampler=batches, collate_fn=self.records.pack,
-                                num_workers=self.args.dataloader_num_workers)
-            for i, batch in enumerate(loader):
-                for note, record_id in batch.notes:
-                    self.records.note(note, record_id)
-                yield batch.to(self.device), epoch + (i + 1) / len(batches)
+            batches = self.order.epoch()  # drawn for past epochs, too: one epoch's order follows from the last one's
+            if epoch < self.epoch:
+                continue
+            loader = DataLoader(self.records, batch_sampler=batches[self.seen:], collate_fn=self.records.pack,
+                                num_workers=self.args.dataloader_num_workers, worker_init_fn=leave_signals,
+                                generator=torch.Generator())  # or an epoch's start would draw from the global one
+            try:
+                for batch in loader:
+                    for note, record_id in batch.notes:
+                        self.records.note(note, record_id)
+                    self.seen += 1
+                    yield batch.to(self.device), epoch + self.seen / len(batches)
+            except ValueError as error:  # a loader's process sends its traceback as text, of which this is the end
+                error.__traceback__ = None  # it refers to the loader, which is to end its processes now
+                raise ValueError(str(error).rsplit("ValueError: ", 1)[-1].strip()) from None
+            self.epoch, self.seen = epoch + 1, 0
 
     def forward_backward(self, batch):
-        """Add the batch's gradient; -> (loss, learned tokens, tokens, record ids)."""
+        """Add the batch's gradient. -> (its part of the step's loss, learned tokens, tokens, record ids)"""
+        self.model.language_model.model.gradient_checkpointing = self.checkpointing.of(batch)
         loss, learned = self.model.loss(batch), int((batch.labels != IGNORE_INDEX).sum())
         if not learned:  # all was cut away or broken, as was reported: the mean over nothing is no number
             loss = loss.nan_to_num(0.0)
-        if not torch.isfinite(loss):
-            raise ValueError(f"step {self.step + 1}: the loss is {loss.item()} on records {', '.join(batch.ids)}; try "
-                             "a lower --learning_rate, or look for what is odd about these records")
-        (loss / self.accumulate).backward()
+        loss = loss * (learned if self.args.loss_average == "tokens" else 1 / self.accumulate)
+        self.scaler.scale(loss).backward()
         return loss.detach(), learned, len(batch.input_ids), batch.ids
 
     def optimizer_step(self, accumulated, epoch, began):
@@ -247,60 +308,127 @@ class Loop:
         factor = learning_rate_factor(self.step, self.total, self.args)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        limit = self.args.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, limit)
+        loss, learned, tokens = (self.over_ranks(sum(x[k] for x in accumulated)) for k in (0, 1, 2))
+        ranks = self.mesh.size()
+        self.scaler.unscale_(self.optimizer)
+        if self.args.loss_average == "tokens":  # tokens were summed up, ranks were averaged
+            loss *= ranks / max(1, learned)
+            torch._foreach_mul_([p.grad for p in self.trained.values() if p.grad is not None], ranks / max(1, learned))
+        loss /= ranks
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.args.max_grad_norm or math.inf)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-        self.optimizer.step()
+        if self.worth_a_step(loss, norm, learned, accumulated):
+            self.mark = None  # half of a step is nothing to go on from
+            self.optimizer.step()
+        self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
-        loss = self.mean([x[0] for x in accumulated])
-        learned, tokens = (self.total_of([x[k] for x in accumulated]) for k in (1, 2))
-        rates = [self.args.learning_rate * factor]
-        if self.args.mm_projector_lr not in (None, self.args.learning_rate):
-            rates.append(self.args.mm_projector_lr * factor)
+        self.owed = self.step == self.total or self.due("evaluation", self.step)
+        self.remember()
+        own = (self.args.mm_projector_lr, self.args.mm_vision_tower_lr)
+        rates = [rate * factor for rate in dict.fromkeys((self.args.learning_rate, *own)) if rate is not None]
         seconds = time.perf_counter() - began
         row = {"step": self.step, "epoch": round(epoch, 6), "loss": loss, "grad_norm": norm,
                "learning_rate": rates if len(rates) > 1 else rates[0], "learned_tokens": learned, "tokens": tokens,
                "seconds": seconds, "tokens_per_second": tokens / seconds, "memory_gb": peak_memory(self.device)}
         if self.args.log_samples:
-            row["ids"] = self.gather_ids([x[3] for x in accumulated])
+            row["ids"] = [ids for by_rank in zip(*self.gather([x[3] for x in accumulated])) for ids in by_rank]
         return row
+
+    def worth_a_step(self, loss, norm, learned, accumulated):
+        """Whether to learn from this step. OnAllRanks, with the records' ids: it has nothing to learn, or its loss or
+        gradient is no number, and no flag passes over that."""
+        if learned and math.isfinite(loss) and math.isfinite(norm):
+            return True
+        if math.isfinite(loss) and learned and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+            self.say(f"step {self.step + 1}: the gradients overflow float16 at a loss scale of "
+                     f"{self.scaler.get_scale():g}; it is halved, and nothing is learned from this step")
+            return False
+        if not learned and self.args.on_bad_record == "skip":
+            return False
+        bad = accumulated if math.isfinite(loss) else [x for x in accumulated if not torch.isfinite(x[0])]
+        ids = [name for x in bad for name in x[3]]
+        why = [what for what, noted in self.records.notes.items() if noted.keys() & set(ids)]
+        ids, why = (list(dict.fromkeys(x for own in self.gather(mine) for x in own)) for mine in (ids, why))
+        if not learned:
+            raise checkpoint.OnAllRanks(
+                f"step {self.step + 1}: nothing to learn in records {', '.join(ids)} ({'; '.join(why) or 'no answer'});"
+                " raise --model_max_length, leave them out, or pass over them with --on_bad_record skip")
+        what = f"gradient is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+        what = f"step {self.step + 1}: the {what} on records {', '.join(ids)}"
+        self.skipped += 1
+        if self.skipped > self.args.skip_nonfinite:
+            raise checkpoint.OnAllRanks(f"{what}; try a lower --learning_rate, look for what is odd about these "
+                                        f"records, or pass over such steps with --skip_nonfinite {self.skipped}")
+        self.say(f"WARNING: {what}; passed over, {self.skipped} of --skip_nonfinite {self.args.skip_nonfinite}")
+        return False
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def remember(self):
+        """Note what a checkpoint of this moment needs beside its tensors; taken when a step is done as a whole."""
+        records = self.seen * self.args.per_device_train_batch_size * self.mesh.size()  # of all ranks, in this epoch
+        state = {"step": self.step, "epoch": self.epoch, "records": records, "skipped": self.skipped,
+                 "owed": self.owed, "scaler": self.scaler.state_dict(), "facts": self.facts, "args": vars(self.args)}
+        self.mark = state, checkpoint.random_state(self.device)
+
+    def due(self, what, step):
+        """Whether --save_strategy or --evaluation_strategy wants it done after a step."""
+        steps = self.args.save_steps if what == "save" else self.args.eval_steps or 500
+        every = {"steps": steps, "epoch": max(1, self.total // self.epochs), "no": math.inf}
+        return step % every[getattr(self.args, f"{what}_strategy")] == 0
+
+    def save_checkpoint(self):
+        """Write checkpoint-N. A full disk is said, and training goes on: room may be made before the next one."""
+        state, random_state = self.mark
+        folder = os.path.join(self.args.output_dir, f"checkpoint-{state['step']}")
+        if self.args.save_strategy == "no" or self.saved == state["step"]:
+            return
+        try:
+            tensors = checkpoint.tensors_of(self.trained, self.optimizer)
+            checkpoint.save(folder, tensors, state, random_state)
+            checkpoint.on_first_rank(checkpoint.thin_out, self.args.output_dir, self.args.save_total_limit)
+            self.saved = state["step"]
+            self.say(f"checkpoint written to {folder}", flush=True)
+        except checkpoint.OnAllRanks as error:
+            self.say(f"WARNING: {error}; training goes on without it", flush=True)
+
+    def rescue(self, error):
+        """On the way out of an error: save what was reached, where the ranks can still do that together."""
+        together = self.mesh.size() == 1 or isinstance(error, checkpoint.OnAllRanks)
+        if together and self.mark and self.mark[0]["step"] > 0:
+            self.save_checkpoint()
 
     # ------------------------------------------------------------------------------------------- across ranks
 
-    def mean(self, losses):
-        """The mean over micro-batches and ranks."""
-        loss = torch.stack(losses).mean()
-        dist.all_reduce(loss)
-        return loss.item() / self.mesh.size()
+    def over_ranks(self, number, how=dist.ReduceOp.SUM):
+        """The sum, or else the greatest, of every rank's number."""
+        number = torch.as_tensor(number, device=self.device)
+        dist.all_reduce(number, how)
+        return number.item()
 
-    def total_of(self, counts):
-        """The sum over micro-batches and ranks."""
-        count = torch.tensor(sum(counts), device=self.device)
-        dist.all_reduce(count)
-        return count.item()
-
-    def gather_ids(self, ids):
-        """Record ids of every micro-batch, in (accumulation, rank) order."""
+    def gather(self, own):
+        """What every rank holds, in a list by rank."""
         every = [None] * self.mesh.size()
-        dist.all_gather_object(every, ids)
-        return [batch for together in zip(*every) for batch in together]
+        dist.all_gather_object(every, own)
+        return every
 
     # ------------------------------------------------------------------------------------- what a person sees
 
-    def interrupt(self, *_):
-        """Ctrl-C: finish this step, save, leave; a second one leaves at once."""
-        if self.interrupted:
+    def interrupt(self, number, _):
+        """Ctrl-C or SIGTERM: finish this step, save, leave; a second Ctrl-C leaves at once."""
+        if self.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.interrupted = True
-        self.say("\nCtrl-C: finishing this step, then saving (again to leave at once)", flush=True)
+        self.interrupted = number
+        again = "Ctrl-C: finishing this step, then saving (again to leave at once)"
+        self.say("\n" + (again if number == signal.SIGINT else "SIGTERM: finishing this step, then saving"), flush=True)
 
     def report(self, row):
         """One dense line, and the row in log.jsonl."""
         self.write(row)
         if row["step"] % self.args.logging_steps and row["step"] != self.total:
             return
-        left = (time.perf_counter() - self.started) / self.step * (self.total - self.step)
+        left = (time.perf_counter() - self.started) / (self.step - self.first) * (self.total - self.step)
         rate = row["learning_rate"]
         self.say(f"step {self.step:>{len(str(self.total))}}/{self.total}  loss {row['loss']:.4f}  "
                  f"norm {row['grad_norm']:.3f}  lr {rate if isinstance(rate, list) else f'{rate:.2e}'}  "
@@ -313,27 +441,40 @@ class Loop:
             self.log.write(json.dumps(clean) + "\n")
             self.log.flush()
 
-    def due_for_evaluation(self):
-        if self.args.evaluation_strategy == "steps":
-            return self.step % (self.args.eval_steps or 500) == 0
-        return self.args.evaluation_strategy == "epoch" and self.step % max(1, self.total // self.epochs) == 0
-
     def evaluate(self):
         for row in self.judge.rows(self.step):
             self.write(row)
             self.say(evaluation.line(row), flush=True)
+        self.owed = False
+        self.remember()
 
     def save(self):
-        """Write the model; in stage 1 also, or with --save_projector_only alone, its projector."""
+        """Write the model; in stage 1 also, or with --save_projector_only alone, its projector. After SIGTERM there is
+        little time, and the checkpoint is enough."""
+        if self.stopped == signal.SIGTERM and self.saved == self.step:
+            return self.say(f"stopped after step {self.step} of {self.total}; the same command goes on from there")
         tensors = {name: p.full_tensor() if hasattr(p, "full_tensor") else p
                    for name, p in self.model.state_dict().items()}
-        if self.mesh.get_rank() == 0:
-            if self.args.tune_mm_mlp_adapter:
-                weights.save_projector(self.loaded, self.args.output_dir, tensors)
-            if not self.args.save_projector_only:
-                weights.save(self.loaded, self.args.output_dir, tensors=tensors)
+        checkpoint.on_first_rank(self.write_model, tensors)
         state = f"stopped after step {self.step} of {self.total}" if self.stopped else f"{self.step} steps"
         self.say(f"{state} in {duration(time.perf_counter() - self.started)}; written to {self.args.output_dir}")
+
+    def write_model(self, tensors):
+        """What `save` does on rank 0, and a note for a restart how far the run came (trainer_state.json, as HF's)."""
+        out = self.args.output_dir
+        if self.args.tune_mm_mlp_adapter:
+            weights.save_projector(self.loaded, out, tensors)
+        if not self.args.save_projector_only:
+            weights.save(self.loaded, out, tensors=tensors, max_shard_size=self.args.max_shard_size)
+        with open(os.path.join(out, "trainer_state.json"), "w", encoding="utf-8") as file:
+            json.dump({"global_step": self.step, "max_steps": self.total}, file)
+
+
+def leave_signals(_):
+    """For a loader's worker processes: Ctrl-C and SIGTERM reach them, too, and are their parent's business. A second
+    SIGTERM is from their parent, at its exit."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def peak_memory(device):

@@ -259,17 +259,21 @@ def test_a_bad_record_stops_or_is_left_out(loaded, pictures, record, sentence):
         data.Records(path, pictures, loaded, on_bad_record="skip")
 
 
-def test_a_broken_picture(loaded, pictures):
-    """Its record stays in its place and teaches nothing, or stops the run."""
+@pytest.mark.parametrize("name", ["broken.png", "gone.png"])
+def test_a_broken_picture(loaded, pictures, name):
+    """It stops the run, or the next record with a picture stands in the place of its record, also around the end."""
     path = pictures / "records.json"
-    path.write_text(json.dumps([talk("<image>", "a", image="broken.png"), talk("<image>", "b", image="red.png")]))
-    with pytest.raises(ValueError, match="record 'r': picture .*broken.png cannot be read"):
-        data.Records(path, pictures, loaded)[0]
-    records = data.Records(path, pictures, loaded, on_bad_record="skip")
-    batch = records.pack([records[0], records[1]])
-    assert batch.notes == [("broken picture: nothing is learned from it", "r")] and batch.pixel_values.shape[0] == 2
-    first, second = batch.labels[: batch.cu_seqlens[1]], batch.labels[batch.cu_seqlens[1]:]
-    assert (first == IGNORE_INDEX).all() and (second != IGNORE_INDEX).any()
+    path.write_text(json.dumps([talk("<image>", "a", image="red.png", id="first"), talk("<image>", "b", image=name),
+                                talk("text", "c", id="text"), talk("<image>", "d", image=name, id="last")]))
+    with pytest.raises(ValueError, match=f"record 'r': (missing picture|picture).*{name}"):
+        data.Records(path, pictures, loaded)[1]
+    records = data.Records(path, pictures, loaded, on_bad_image="skip")
+    assert [records[i].id for i in range(4)] == ["first", "first", "text", "first"]
+    batch = records.pack([records[1], records[2], records[3]])
+    assert batch.notes == [(data.REPLACED, "r"), (data.REPLACED, "last"), (data.REPLACED, "last")]
+    path.write_text(json.dumps([talk("<image>", "b", image=name)] * 2))
+    with pytest.raises(ValueError, match="no picture can be read"):
+        data.Records(path, pictures, loaded, on_bad_image="skip")[0]
 
 
 def test_pictures_need_a_tower(loaded, pictures):
@@ -289,7 +293,8 @@ def test_oddities_are_counted(loaded, pictures):
     assert len(records) == 3 and set(records[2].labels) == {IGNORE_INDEX} and records.question(2) is None
     assert records.report().splitlines() == [
         "1 records: first turn from gpt: it is left out (gpt first)",
-        "1 records: last turn from human: it has no answer to learn (open)", "1 records: empty answer (empty)"]
+        "1 records: last turn from human: it has no answer to learn (open)", f"1 records: {data.MENDED} (open)",
+        "1 records: empty answer (empty)"]
 
 
 def test_the_question_of_a_record(loaded, pictures):
@@ -332,6 +337,37 @@ def test_show(tiny_tokenizer, pictures, run):
     assert status == 0 and "three" in out and "x y</s>⟧" in out and "2: ERROR no conversations" in out
     status, _, error = run(*common, "--index", 3)
     assert status == 2 and "--index 3: the file holds 3 records" in error and "Traceback" not in error
+
+
+def test_versions_of_the_first_models(tiny_tokenizer, tmp_path, run):
+    """--version v0 is v1's text and the token [PAD], as the original does, said aloud; template_v0 is v0's text."""
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([talk("a [PAD] b", "c"), talk("q", "a")]))
+    common = ["show", "--data_path", path, "--model_name_or_path", tiny_tokenizer, "--json"]
+    _, out, said = run(*common, "--version", "v0")
+    first, second = json.loads(out)
+    assert first["input_ids"].count(400) == 1 and "USER: q ASSISTANT: a</s>" in second["prompt"]
+    assert said.startswith("WARNING: --version v0 trains the text of v1") and "template_v0" in said
+    _, out, said = run(*common, "--version", "v0", "--mm_use_im_start_end")
+    assert json.loads(out)[0]["input_ids"].count(400) == 1
+    _, out, said = run(*common, "--version", "template_v0")
+    first, second = json.loads(out)
+    assert 400 not in first["input_ids"] and not said
+    assert second["prompt"].endswith("\n\n### Human: q\n### Assistant: a\n### ")
+    status, _, error = run(*common, "--version", "v9")
+    assert status == 2 and "'v9' is not known here; use one of plain, v1" in error
+
+
+def test_strict_labels_on_the_command_line(tiny_tokenizer, tmp_path, run):
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([talk("q", "a", "more", id="open")]))
+    common = ["--data_path", path, "--model_name_or_path", tiny_tokenizer, "--version", "v1", "--json"]
+    learns = [any(label != IGNORE_INDEX for label in json.loads(run("show", *common, *strict)[1])[0]["labels"])
+              for strict in ([], ["--strict_labels"])]
+    assert learns == [True, False]
+    notes = [set(json.loads(run("check", *common, *strict)[1])["notes"]) for strict in ([], ["--strict_labels"])]
+    last = "last turn from human: it has no answer to learn"
+    assert notes == [{last, data.MENDED}, {last, data.MASKED}]
 
 
 def test_check(tiny_tokenizer, pictures, run):

@@ -19,7 +19,7 @@ TREES = {str(f.relative_to(ROOT)): ast.parse(f.read_text()) for f in FILES}
 
 
 def room_of(name):
-    """`training/plot.py` -> training, `model.py` -> model."""
+    """`training/flags.py` -> training, `model.py` -> model."""
     return name.split("/")[0].removesuffix(".py")
 
 

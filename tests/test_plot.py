@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from training import plot
+from benches import plot
 
 BLUE, ORANGE, GREY = plot.RUNS[0], plot.PICTURES["eval_match_shuffled"][1], plot.PICTURES["eval_match_blank"][1]
 
@@ -129,7 +129,7 @@ def test_no_run_or_too_many(tmp_path):
 
 def test_command_line(tmp_path):
     first, second, png = write_run(tmp_path / "a"), write_run(tmp_path / "b"), tmp_path / "plot.png"
-    command = [sys.executable, "-m", "training.plot", str(png)]
+    command = [sys.executable, "-m", "benches.plot", str(png)]
     root = Path(__file__).resolve().parent.parent
     assert subprocess.run([*command, f"{first},{second}"], cwd=root).returncode == 0 and png.exists()
     refused = subprocess.run([*command, str(tmp_path / "none")], cwd=root, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import torch
 from drawn import draw, rows_of, run_train, words
 from safetensors.torch import load_file
 
+import sample
 import train
+from formats import command
 from formats.layouts import our_name
+from model import IMAGE_TOKEN_INDEX
 from training import flags
 from training.sampler import BatchOrder
 from weights import load
@@ -133,6 +137,30 @@ def test_a_stage_writes_the_settings_it_was_given(stages):
     assert two.config.tokenizer_model_max_length == 256
 
 
+@pytest.mark.parametrize("flags, conv_mode, tokens", [
+    ({"version": "llava_llama_2"}, "llava_llama_2", 400),
+    ({"version": "v0"}, "v1", 401),  # [PAD]
+    ({"recipe": "v0"}, "llava_v0", 402),  # <im_start>, <im_end>
+])
+def test_the_template_is_kept_with_the_model(parts, scenes, tmp_path, capsys, flags, conv_mode, tokens):
+    """--version is saved as conv_mode and asked with; its new tokens have ids and rows."""
+    given = {key: parts[key] for key in ("model_name_or_path", "vision_tower", "image_folder")}
+    run_train(tmp_path, stage="finetune", max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=1,
+              model_max_length=256, data_path=scenes / "talks.json", mm_projector_type="linear", **given, **flags)
+    said = capsys.readouterr()
+    assert ("WARNING: --version v0 trains the text of v1" in said.out) == (flags.get("version") == "v0")
+    assert json.loads((tmp_path / "config.json").read_text())["conv_mode"] == conv_mode
+    loaded = load(tmp_path)
+    assert loaded.conv_mode == conv_mode and loaded.config.text.vocab_size == tokens
+    named = {"v1": ["[PAD]"], "llava_v0": ["<im_start>", "<im_end>"], "llava_llama_2": []}[conv_mode]
+    assert [loaded.tokenizer.token_to_id(token) for token in named] == list(range(400, tokens))
+    assert loaded.config.mm_use_im_start_end == (conv_mode == "llava_v0")
+    example = sample.encode(loaded, sample.Request([("human", "q")], [scenes / "a.png"]))
+    asked = loaded.tokenizer.decode([i for i in example.ids if i != IMAGE_TOKEN_INDEX], skip_special_tokens=False)
+    ends = {"v1": "q ASSISTANT:", "llava_v0": "<im_end>\nq###Assistant:", "llava_llama_2": "q [/INST]"}
+    assert asked.replace("> \n", ">\n").endswith(ends[conv_mode])
+
+
 def test_log_has_one_row_per_step_with_the_promised_fields(stages):
     one, two = map(rows_of, stages)
     assert [list(row) for row in one] == [ROW] * 4 and [row["step"] for row in one] == [1, 2, 3, 4]
@@ -163,7 +191,7 @@ def test_save_projector_only(parts, tmp_path):
     out = tmp_path / "stage1"
     run_train(out, max_steps=1, save_projector_only=True, **parts)
     names = {file.name for file in out.iterdir()}
-    assert names == {"config.json", "mm_projector.bin", "log.jsonl", "training_args.json"}
+    assert names == {"config.json", "mm_projector.bin", "log.jsonl", "training_args.json", "trainer_state.json"}
     assert load(out, model_base=parts["model_name_or_path"]).config.mm_projector_type == "mlp2x_gelu"
 
 
@@ -210,7 +238,8 @@ def plain_run(all_parts, tmp_path_factory):
 
 @pytest.mark.parametrize("options", [
     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, {"gradient_checkpointing": True},
-    {"dataloader_num_workers": 1}, {"logging_steps": 3}])
+    {"dataloader_num_workers": 1}, {"logging_steps": 3}, {"deepspeed": "zero2.json", "max_grad_norm": 1.0},
+    {"deepspeed": "zero3_offload.json"}])
 def test_the_same_numbers_another_way(all_parts, plain_run, tmp_path, options):
     rows = run_train(tmp_path, **all_parts | {"max_steps": 1} | options)
     for key in "loss", "grad_norm", "learned_tokens", "tokens":
@@ -225,7 +254,8 @@ def test_the_norm_is_logged_before_clipping_which_can_be_off(all_parts, plain_ru
 
 def test_a_batch_without_anything_to_learn_changes_nothing_and_is_reported(parts, scenes, tmp_path, capsys):
     before = build(tmp_path, **parts).model
-    rows = run_train(tmp_path, max_steps=1, model_max_length=3, **parts)  # the picture does not fit
+    short = parts | {"model_max_length": 3, "max_steps": 1}  # the picture does not fit
+    rows = run_train(tmp_path, on_bad_record="skip", **short)
     assert (rows[0]["loss"], rows[0]["grad_norm"], rows[0]["learned_tokens"]) == (0, 0, 0)
     assert changed_parts(tensors(before), tensors(load(tmp_path).model)) == set()
     assert "nothing to learn is left" in capsys.readouterr().out
@@ -239,7 +269,38 @@ def test_bfloat16_trains_float32_masters(all_parts, plain_run, tmp_path):
     assert load(tmp_path).model.mm_projector[0].weight.dtype == torch.float32
 
 
+def test_float16_learns_with_a_loss_scale_that_falls_when_gradients_overflow(all_parts, plain_run, tmp_path, capsys):
+    options = all_parts | {"fp16": True, "max_steps": 6, "save_steps": 3}
+    rows, told = run_train(tmp_path / "out", **options), capsys.readouterr().out
+    falls = told.count("overflow float16")
+    assert falls == sum(row["grad_norm"] is None for row in rows) and 0 < falls < 6
+    assert rows[0]["loss"] == pytest.approx(plain_run[0]["loss"], rel=0.01) and rows[-1]["loss"] < rows[0]["loss"]
+    (tmp_path / "out" / "trainer_state.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    again = run_train(tmp_path / "out", **options)  # from checkpoint-3, with its scale
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+
+
 # ------------------------------------------------------------------------------------------------------ what is trained
+
+
+def test_the_new_words_of_stage_1_reach_stage_2(parts, tmp_path):
+    """<im_start> and <im_end>: with the projector all embeddings are trained, and stage 2 takes the two rows."""
+    options = parts | {"mm_use_im_start_end": True, "version": "template_v0"}
+    begin = build(tmp_path, **options).model.language_model.model.embed_tokens.weight
+    run_train(tmp_path / "one", max_steps=3, save_projector_only=True, **options)
+    saved = torch.load(tmp_path / "one" / "mm_projector.bin")["model.embed_tokens.weight"]
+    assert saved.shape == begin.shape == (402, 32) and not torch.equal(saved[-2:], begin[-2:])
+    after = build(tmp_path, pretrain_mm_mlp_adapter=tmp_path / "one", **options).model.language_model.model.embed_tokens
+    assert torch.equal(after.weight[-2:], saved[-2:]) and torch.equal(after.weight[:-2], begin[:-2])
+
+
+def test_the_patch_token_is_added_when_asked_for(parts, tmp_path):
+    run_train(tmp_path, max_steps=1, mm_use_im_patch_token=True, **parts)
+    loaded = load(tmp_path)
+    assert loaded.tokenizer.token_to_id("<im_patch>") == 400 and loaded.config.text.vocab_size == 401
+
+
 
 
 @pytest.mark.parametrize("options, trained", [
@@ -289,22 +350,23 @@ def test_a_language_model_alone_trains_too(parts, scenes, tmp_path):
 
 
 def test_every_flag_may_be_written_with_dashes():
-    given = {"int": "3", "float": "0.5", "str": "x", "bool": "True"}
-    rows = [(name, kind) for group in flags.FLAGS.values() for name, kind, *_ in group]
+    given = {int: ("3", 3), float: ("0.5", 0.5), str: ("x", "x"), bool: ("True", True), list: ("x", ["x"]),
+             command.file_size: ("2GB", 2 * 10**9)}
+    rows = [(name, given.get(kind) or kind[-1:] * 2) for group in flags.FLAGS.values() for name, kind, *_ in group]
+
     def parsed(mark):
-        spelled = ((f"--{name.replace('_', mark)}", given[kind.__name__]) for name, kind in rows)
-        return flags.build_parser().parse_args(sum(spelled, ()))
+        return flags.build_parser().parse_args([word for name, (text, _) in rows
+                                                for word in (f"--{name.replace('_', mark)}", text)])
 
     dashed = parsed("-")
     assert vars(parsed("_")) == vars(dashed)
-    assert all(getattr(dashed, name) == kind(given[kind.__name__]) for name, kind in rows)
+    assert {name: getattr(dashed, name) for name, _ in rows} == {name: value for name, (_, value) in rows}
 
 
 def test_a_stage_only_sets_defaults():
     needed = words(model_name_or_path="m", data_path="d", output_dir="o")
     args = flags.parse(["--stage", "pretrain", "--learning-rate", "5e-4", *needed])
     assert args.learning_rate == 5e-4 and args.tune_mm_mlp_adapter and args.version == "plain"
-    assert "learning_rate" not in args.defaults_from_recipe and args.defaults_from_recipe["version"] == "plain"
     assert flags.parse(needed).learning_rate == 5e-5
 
 

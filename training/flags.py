@@ -1,49 +1,65 @@
 """The flags of train.py: LLaVA's names and meaning (Model-, Data- and TrainingArguments), HF's for the rest.
 
-Each row: name, type, default, help. `--stage` and `--recipe` change defaults (training/recipes.py); what is given on
-the command line wins over both.
+Each row: name, type (or the values that there are), default, help. `--stage`, `--recipe` and a few more change defaults
+(training/recipes.py); what is given on the command line wins.
 """
 
-from formats import command
-from training import recipes
+import os
+import shlex
+
+from formats import command, templates
+from training import plan, recipes
 
 ON, OFF = True, False
+WHEN, SCHEDULES = ("no", "steps", "epoch"), ("cosine", "linear", "constant", "constant_with_warmup")
 
 FLAGS = {
     "what to run": [
-        ("stage", str, None, "pretrain (projector only, captions) or finetune (projector and LLM); sets defaults"),
-        ("recipe", str, None, f"a published run's settings, with --stage: {', '.join(recipes.RECIPES)}"),
+        ("stage", tuple(recipes.STAGES), None, "projector only, on captions; or projector and LLM; sets defaults"),
+        ("recipe", tuple(recipes.RECIPES), None, "a published run's settings, with --stage"),
+        ("model", ("7b", "13b"), None, "what the recipe starts from, for model_name_or_path and vision_tower"),
         ("output_dir", str, None, "where model, log.jsonl and config.json go"),
-        ("overwrite_output_dir", bool, OFF, "allow an output_dir that already holds a finished run"),
+        ("overwrite_output_dir", bool, OFF, "begin anew in an output_dir that holds a run or a model"),
         ("seed", int, 42, "of everything random: a new projector, the order of the records"),
+        ("plan", bool, OFF, "only tell what memory the run would need, and what to change if it does not fit"),
+        ("gpus", str, None, "the devices to plan for, like 8x80GB; None: those that are here"),
+        ("plan_tokens", int, None, "with --plan: tokens of each record, pictures included; None: model_max_length"),
         ("use_cpu", bool, OFF, "train on the CPU even where there is a GPU"),
         ("bf16", bool, OFF, "compute in bfloat16; trained weights keep float32 masters"),
+        ("fp16", bool, OFF, "compute in float16, with a loss scale that follows the gradients; masters as with bf16"),
         ("tf32", bool, OFF, "allow TF32 products on the GPU in float32 runs"),
     ],
     "model": [
         ("model_name_or_path", str, None, "the LLM (a LLaMA-family folder or hub id), or a whole LLaVA to go on from"),
         ("vision_tower", str, None, "a CLIP folder or hub id; not needed when the model brings its own"),
-        ("version", str, None, "conversation template: plain, v1, chat_template …; None: what the model says"),
+        ("version", str, None, "conversation template: plain, v1, template_v0, chat_template …; None: the model's own"),
         ("mm_projector_type", str, None, "linear, mlp2x_gelu or identity; None: what the model or the file has"),
         ("pretrain_mm_mlp_adapter", str, None, "stage 1's mm_projector.bin, a .safetensors, or the folder of either"),
         ("mm_vision_select_layer", int, None, "the tower's hidden state that is used; None: the model's, else -2"),
         ("mm_vision_select_feature", str, None, "patch, or cls_patch to keep the class token"),
         ("mm_use_im_start_end", bool, None, "wrap pictures in <im_start> and <im_end>; None: as the model does"),
-        ("mm_use_im_patch_token", bool, OFF, "LLaVA 0.x's <im_patch> token"),
-        ("mm_patch_merge_type", str, "flat", "how the tiles of a picture are joined"),
+        ("mm_use_im_patch_token", bool, OFF, "add LLaVA 0.x's token <im_patch>, which no text holds any more"),
+        ("mm_patch_merge_type", str, None, "how anyres joins tiles: flat, spatial, spatial_unpad (its default)"),
+        ("image_grid_pinpoints", str, None, "anyres's canvases, [[width, height], …]; None: LLaVA 1.6's"),
+        ("mpt_attn_impl", str, None, "without effect: there is one attention"),
+        ("image_token_len", int, None, "without effect: the tower decides how many tokens a picture takes"),
         ("cache_dir", str, None, "where hub downloads are kept"),
     ],
     "what is trained": [
         ("tune_mm_mlp_adapter", bool, OFF, "train the projector only"),
         ("freeze_mm_mlp_adapter", bool, OFF, "keep the projector as it is"),
         ("freeze_backbone", bool, OFF, "keep the LLM's layers as they are"),
+        ("unfreeze_mm_vision_tower", bool, OFF, "train the vision tower too, as LLaVA 1.6 did"),
+        ("lora_weight_path", str, None, "without effect, as in the original"),
     ],
     "data": [
-        ("data_path", str, None, "LLaVA's JSON, or JSONL"),
+        ("data_path", list, None, "LLaVA's JSON or JSONL, one file or several; a.json:0.5 is half of its records"),
         ("image_folder", str, ".", "where the records' `image` paths start"),
-        ("image_aspect_ratio", str, None, "pad (to a square) or square (crop to one); None: the model's, else square"),
+        ("image_aspect_ratio", str, None, "pad (to a square), square (crop) or anyres (tiles); None: the model's"),
         ("model_max_length", int, 512, "longest sequence in tokens, places of pictures included"),
-        ("on_bad_record", str, "stop", "stop or skip at a record with nothing to learn"),
+        ("strict_labels", bool, OFF, "count tokens as the original does, and learn nothing of a record that disagrees"),
+        ("on_bad_record", ("stop", "skip"), "stop", "at a record with nothing to learn"),
+        ("on_bad_image", ("stop", "skip"), "stop", "at a missing or broken picture; skip: the next record stands in"),
         ("dataloader_num_workers", int, 0, "processes that read pictures ahead"),
         ("is_multimodal", bool, OFF, "without effect: a model with a tower is multimodal"),
         ("lazy_preprocess", bool, OFF, "without effect: records are always prepared when needed"),
@@ -55,17 +71,24 @@ FLAGS = {
         ("per_device_train_batch_size", int, 8, "records per micro-batch and device"),
         ("gradient_accumulation_steps", int, 1, "micro-batches per optimiser step"),
         ("group_by_modality_length", bool, OFF, "batches of similar length, with pictures or without"),
-        ("gradient_checkpointing", bool, OFF, "compute activations again in backward instead of keeping them"),
+        ("sample_order", ("seed", "accelerate"), "seed", "that of one process, or of the original's several ranks"),
+        ("loss_average", ("microbatch", "tokens"), "microbatch", "the mean of micro-batches' means, or of all tokens"),
+        ("deepspeed", str, None, "zero2.json, zero3.json, zero3_offload.json or a file of yours: how ranks share"),
+        ("fsdp", str, None, "the same in HF's words: full_shard or shard_grad_op, offload, auto_wrap"),
+        ("fsdp_transformer_layer_cls_to_wrap", str, None, "without effect: every decoder layer is a unit"),
+        ("gradient_checkpointing", bool, None, "compute activations again in backward; None: where memory is short"),
     ],
     "optimiser": [
         ("learning_rate", float, 5e-5, "peak learning rate"),
         ("mm_projector_lr", float, None, "the projector's own peak learning rate"),
+        ("mm_vision_tower_lr", float, None, "the vision tower's own peak learning rate"),
         ("weight_decay", float, 0.0, "AdamW's, on matrices only"),
         ("warmup_ratio", float, 0.0, "share of the steps in which the rate rises from 0"),
         ("warmup_steps", int, 0, "the same as a number of steps; overrides warmup_ratio"),
-        ("lr_scheduler_type", str, "linear", "cosine, linear, constant or constant_with_warmup"),
+        ("lr_scheduler_type", SCHEDULES, "linear", "how the learning rate falls after its rise"),
         ("max_grad_norm", float, 1.0, "gradients are scaled down to this norm; 0: never"),
-        ("optim", str, "adamw_torch", "only AdamW is built"),
+        ("skip_nonfinite", int, 0, "pass over so many steps whose loss or gradient is not finite, then stop"),
+        ("optim", ("adamw_torch", "adamw_torch_fused"), "adamw_torch", "both are the same here"),
         ("adam_beta1", float, 0.9, "AdamW's first beta"),
         ("adam_beta2", float, 0.999, "AdamW's second beta"),
         ("adam_epsilon", float, 1e-8, "AdamW's epsilon"),
@@ -76,7 +99,7 @@ FLAGS = {
         ("report_to", str, "none", "none: log.jsonl only"),
         ("run_name", str, None, "without effect while report_to is none"),
         ("eval_data_path", str, None, "files in the training format, comma-separated; each is evaluated apart"),
-        ("evaluation_strategy", str, None, "no, steps or epoch; None: steps with eval_steps, else at the end only"),
+        ("evaluation_strategy", WHEN, None, "when to evaluate; None: steps with eval_steps, else at the end only"),
         ("eval_steps", int, None, "evaluate every so many steps"),
         ("eval_generate", int, 0, "ask the first N records of each evaluation file and compare the answers"),
         ("eval_pictures", str, "true", "what to ask with: true, shuffled (another record's), blank; comma-separated"),
@@ -84,33 +107,55 @@ FLAGS = {
     ],
     "saving": [
         ("save_projector_only", bool, OFF, "with tune_mm_mlp_adapter: write mm_projector.bin without the whole model"),
-        ("save_strategy", str, "no", "the model is written at the end and on Ctrl-C"),
-        ("save_steps", int, 500, "without effect while the model is written at the end only"),
-        ("save_total_limit", int, None, "without effect while the model is written at the end only"),
+        ("max_shard_size", command.file_size, "5GB", "of one weight file, like 5GB or 200MB"),
+        ("save_strategy", WHEN, "steps", "when to write checkpoint-N, all that resuming needs"),
+        ("save_steps", int, 500, "a checkpoint every so many steps; also at Ctrl-C, SIGTERM and most errors"),
+        ("save_total_limit", int, None, "keep so many checkpoints, the newest; None: all"),
+        ("resume", str, "auto", "auto: from the newest complete checkpoint in output_dir; never; or a checkpoint-N"),
+        ("resume_anyway", bool, OFF, "resume although flags have changed"),
     ],
 }
 
 # Accepted by the original, not built yet: a value other than the one shown stops with a sentence.
 NOT_BUILT = {
-    "lora_enable": False, "bits": 16, "deepspeed": None, "fsdp": None, "fp16": False, "mm_use_im_patch_token": False,
-    "mm_patch_merge_type": "flat", "group_by_modality_length": False,
+    "lora_enable": False, "bits": 16, "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.05, "lora_bias": "none",
+    "double_quant": True, "quant_type": "nf4", "sep_image_conv_front": False,
 }
 
-SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
-            "model_max_length")
+            "save_steps", "model_max_length")
 
 
 def parse(argv=None):
     """The command line -> a namespace with every flag of FLAGS, defaults of `--stage` and `--recipe` filled in."""
     parser = build_parser()
     first = parser.parse_args(argv)
-    defaults = recipes.defaults(first.stage, first.recipe)
-    parser.set_defaults(**defaults)
+    defaults = recipes.defaults(first.stage, first.recipe, first.model)
+    if first.deepspeed or first.fsdp:  # the one takes the other's place
+        defaults |= {"deepspeed": first.deepspeed, "fsdp": first.fsdp}
+    if first.fp16:
+        defaults |= {"bf16": False, "tf32": False}
+    defaults |= recipes.sharding(defaults.get("deepspeed"), defaults.get("fsdp"))
+    records = defaults.pop("records_per_step", None)
+    parser.set_defaults(**defaults, **{"gradient_accumulation_steps": None} if records else {})
     args = parser.parse_args(argv)
-    args.defaults_from_recipe = {k: v for k, v in defaults.items() if getattr(args, k) == v}
+    if args.gradient_accumulation_steps is None:
+        ranks = plan.devices_of(args)[0] if args.plan else int(os.environ.get("WORLD_SIZE", 1))
+        at_once = args.per_device_train_batch_size * ranks
+        if records % at_once:
+            raise ValueError(f"--recipe {args.recipe} takes {records} records per step, no multiple of {at_once} on "
+                             f"{ranks} ranks; give --per_device_train_batch_size or --gradient_accumulation_steps")
+        args.gradient_accumulation_steps = records // at_once
     check(args)
     return args
+
+
+def describe(args):
+    """What differs from the defaults, as a command line."""
+    plain = vars(build_parser().parse_args([]))
+    words = ([f"--{name}", *(value if isinstance(value, list) else [str(value)])] for name, value in vars(args).items()
+             if name in plain and value != plain[name])
+    return f"train.py {' '.join(map(shlex.join, words))}"
 
 
 def build_parser():
@@ -119,43 +164,50 @@ def build_parser():
         "Train a LLaVA: stage 1 teaches the projector on captions, stage 2 projector and LLM on conversations.\n\n"
         "  python train.py --stage pretrain --model_name_or_path LLM --vision_tower CLIP --data_path captions.json\n"
         "  torchrun train.py --stage finetune --model_name_or_path STAGE1 --data_path conversations.json"))
-    seen = set()
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, kind, default, text in rows:
-            options = command.SWITCH if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
+            if isinstance(kind, tuple):
+                options = {"choices": kind}
+            elif kind is list:
+                options = {"nargs": "+", "metavar": "FILE"}
+            else:
+                options = command.SWITCH if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
             shown = "" if default is None else f" (default {default})"
             group.add_argument(f"--{name}", default=default, help=text.replace("%", "%%") + shown, **options)
-            seen.add(name)
     for name, only in NOT_BUILT.items():
-        if name not in seen:
-            options = command.SWITCH if isinstance(only, bool) else {"type": type(only) if only else str}
-            parser.add_argument(f"--{name}", default=only, help="not built yet", **options)
+        options = command.SWITCH if isinstance(only, bool) else {"type": type(only)}
+        parser.add_argument(f"--{name}", default=only, help="not built yet", **options)
     return parser
 
 
 def check(args):
     """Stop with one sentence at settings that contradict each other or are not built."""
     for name, only in NOT_BUILT.items():
-        if getattr(args, name) != only:
+        if getattr(args, name) != only and not args.plan:
             raise ValueError(f"--{name} {getattr(args, name)} is not built yet; leave it out (it means {only})")
-    for name in ("model_name_or_path", "data_path", "output_dir"):
+    for name in ("model_name_or_path",) if args.plan else ("model_name_or_path", "data_path", "output_dir"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing; python train.py --help shows what it means")
-    if args.optim not in ("adamw_torch", "adamw_torch_fused"):
-        raise ValueError(f"--optim {args.optim} is not known; adamw_torch is")
+    args.dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    if args.image_aspect_ratio == "anyres" and args.mm_patch_merge_type is None:
+        args.mm_patch_merge_type = "spatial_unpad"  # as in LLaVA 1.6
+    idle = [f"--{name} is {text}" for rows in FLAGS.values() for name, _, default, text in rows
+            if text.startswith("without effect") and getattr(args, name) != default]
+    if idle:
+        command.say("; ".join(idle))
+    args.conv_mode, warning = templates.of_version(args.version) if args.version else (None, None)
+    if warning:
+        print(warning)
     if args.report_to != "none":
         print(f"--report_to {args.report_to} is not built yet: the run is logged to log.jsonl only")
         args.report_to = "none"
     if args.evaluation_strategy is None:
         args.evaluation_strategy = "steps" if args.eval_steps else "no"
-    for name, allowed in (("stage", (None, "pretrain", "finetune")), ("evaluation_strategy", ("no", "steps", "epoch")),
-                          ("on_bad_record", ("stop", "skip")), ("lr_scheduler_type", SCHEDULES)):
-        if getattr(args, name) not in allowed:
-            choices = ", ".join(str(a) for a in allowed if a)
-            raise ValueError(f"--{name} {getattr(args, name)} is not known; use {choices}")
     for name in POSITIVE:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} is too small; it is 1 or more")
-    if args.tune_mm_mlp_adapter and args.freeze_mm_mlp_adapter:
-        raise ValueError("--tune_mm_mlp_adapter trains the projector, --freeze_mm_mlp_adapter freezes it; drop one")
+    for one, other in (("bf16", "fp16"), ("tune_mm_mlp_adapter", "freeze_mm_mlp_adapter"),
+                       ("unfreeze_mm_vision_tower", "save_projector_only")):
+        if getattr(args, one) and getattr(args, other):
+            raise ValueError(f"--{one} and --{other} contradict each other; drop one")

@@ -1,0 +1,323 @@
+"""What a training step holds in memory, counted before anything is loaded: `python train.py … --plan --gpus 8x80GB`.
+
+A step is fullest about where the forward pass ends and the backward pass begins. Then a device holds, with s
+the bytes of a computed number (2 in 16 bits, else 4):
+
+    trained weight   4 (float32 master) + 4 (gradient) + 8 (AdamW's two moments), divided among W devices
+    frozen weight    s, whole on each device; 0.516 in NF4's 4 bits with double quantisation, 1 in 8 bits
+    gathered weight  s: of the layers at work, and all the time of what stands around the layers
+    activations      what autograd keeps of the forward pass because a derivative needs it
+
+What a layer keeps per token. A product with a matrix keeps its input only if the matrix is trained: stage 1 keeps less.
+
+    x, 1/rms           4D + 4      twice: each RMSNorm's input in float32, and the root
+    normed, scaled     2sD         twice, if trained: for the norm's weight, and the input of q, k, v (of gate, up)
+    q, k, v, out       4sQ + 4H    k and v are repeated where heads share them; the last are softmax's sums
+    gate, silu, up     3sF         silu needs gate, the product needs silu(gate) and up
+    their product      sF          if trained: the input of down_proj
+
+With activation checkpointing a layer keeps its input, sD, and one layer at a time is computed again. Only labelled rows
+meet the vocabulary: 2sRD, and sRV if the head is trained. tests/test_plan.py holds all this against what a run
+allocates: a change of what model.py keeps is a change here. GB are 10^9 bytes.
+
+Legend: T tokens of a micro-batch, D width, H heads, Q = H x head dim, F the MLP's width, V vocabulary, R labelled rows.
+"""
+
+import os
+from argparse import ArgumentTypeError
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from formats import command, hub, layouts
+from formats.files import read_json
+from kernels.attention import SHORT
+from model import IGNORE_INDEX, LlavaConfig
+
+ROOM = 0.94  # of a device's memory can be planned with: CUDA itself takes some, and there are gaps
+LAYERS, HEAD = "language_model.model.layers.", "language_model.lm_head.weight"
+
+# -------------------------------------------------------------------------------------------------------- the counting
+
+
+@dataclass(frozen=True)
+class Step:
+    """What decides, beside the model, how many bytes a step takes; `replace` asks: what if?"""
+
+    lengths: tuple  # tokens of each sequence of a micro-batch, places of pictures included
+    learned: int  # R
+    views: int  # pictures, or tiles of them, that the tower is shown
+    accumulate: int = 1
+    dtype: str = "float32"
+    checkpointing: bool = False
+    devices: int = 1
+    share: float = 1  # of what is trained that a device holds: 1 / W, 1 if nothing is sharded, 0 if the CPU holds it
+    keep_gathered: bool = False  # weights, between forward and backward (ZeRO-2)
+    lora_r: int = 0
+    bits: int = 16  # of the frozen matrices in the layers
+    double_quant: bool = True
+    cuda: bool = True
+
+    size = property(lambda self: 4 if self.dtype == "float32" else 2)  # s
+    rows = property(lambda self: sum(self.lengths))  # T
+    flags = property(lambda self: f"--per_device_train_batch_size {len(self.lengths)} --gradient_accumulation_steps "
+                                  f"{self.accumulate}")
+
+
+def total(model, step):
+    """Bytes that a device needs for a step."""
+    return sum(parts(model, step).values())
+
+
+def parts(model, step):
+    """{part: bytes on each device} when a step is fullest. model: a Llava, on the meta device or any other, whose
+    requires_grad says what is trained."""
+    held, kept = weights(model, step), activations(model, step)
+    shared = min(held["gradients"], sum(kept.values())) if step.accumulate == 1 else 0
+    return held | kept | {"workspace": workspace(model, step), "gradients in the place of activations": -shared}
+
+
+def learns(model, step, prefix=""):
+    """{name: parameter} of what is trained; with LoRA, no weight of the language model is."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and name.startswith(prefix)
+            and not (step.lora_r and name.startswith("language_model"))}
+
+
+def weights(model, step):
+    """What is held from step to step: weights by part, gathered copies, gradients, AdamW's moments."""
+    rows, trained, lora = {}, learns(model, step), 0
+    for name, p in model.named_parameters():
+        part, matrix = name.split(".")[0], name.startswith(LAYERS) and p.dim() == 2
+        lora += step.lora_r * sum(p.shape) * matrix  # A (r, in) and B (out, r)
+        if name in trained:
+            key, size = f"{part}, trained, float32", 4 * p.numel() * step.share
+        elif matrix and step.bits < 16:
+            # 8 bits: a float32 scale for a row; 4: for 64 weights, or 8 bits for these, and a float32 for 256 such
+            scale = 4 / p.shape[1] if step.bits == 8 else 1 / 64 + 4 / 64 / 256 if step.double_quant else 4 / 64
+            key, size = f"{part}, codes of {step.bits} bits", p.numel() * (step.bits / 8 + scale)
+        else:
+            key, size = f"{part}, frozen, {step.dtype}", step.size * p.numel()
+        rows[key] = rows.get(key, 0) + size
+    count = lora + sum(p.numel() for p in trained.values())
+    around = sum(p.numel() for name, p in trained.items() if ".layers." not in name)
+    return rows | {"LoRA, trained, float32": 4 * lora * step.share,
+                   "gathered weights": step.size * (count if step.keep_gathered else around),
+                   "gradients": 4 * count * step.share, "AdamW's two moments": 8 * count * step.share}
+
+
+def activations(model, step):
+    """What autograd keeps of the forward pass: the table at the head of this file."""
+    text, s, trained = model.config.text, step.size, learns(model, step)
+    backward = step.lora_r or trained.keys() - {HEAD}  # else nothing before the head has a gradient
+    head = model.language_model.lm_head.weight.requires_grad and not step.lora_r
+    layers = s * step.rows * text.hidden_size if step.checkpointing else layer(model, step)
+    rest = 2 * s * step.rows * text.head_dim + norm(text, step, "language_model.model.norm.weight" in trained)
+    return {"projector's activations": of_pictures(model, step),
+            f"activations, {text.num_hidden_layers} layers of {gigabytes(layers)}":
+                text.num_hidden_layers * layers if backward else 0,
+            "last norm, rotary table": rest if backward else 0,
+            "logits of labelled rows": s * step.learned * (2 * text.hidden_size + head * text.vocab_size)}
+
+
+def layer(model, step):
+    """Bytes that one decoder layer keeps."""
+    text, s, rows, trained = model.config.text, step.size, step.rows, bool(learns(model, step, LAYERS))
+    width, inner = text.hidden_size, text.intermediate_size
+    size = attention(step, step.lengths, text.num_attention_heads, text.num_key_value_heads, text.head_dim, trained)
+    size += 2 * norm(text, step, trained) + s * rows * (2 * width * trained + inner * (3 + trained))
+    if step.lora_r:  # A keeps its input, which q, k, v share, and gate, up; B keeps Ax
+        size += s * rows * (2 * width + inner + 7 * step.lora_r)
+    return size
+
+
+def norm(text, step, trained):
+    """Bytes that an RMSNorm keeps."""
+    return step.rows * (4 * text.hidden_size + 4 + step.size * text.hidden_size * trained)
+
+
+def attention(step, lengths, heads, kv_heads, head_dim, trained):
+    """Bytes kept from q, k and v to the input of o_proj. kernels/attention.py computes on a grid of cells, sequences x
+    longest, or each sequence alone where more than half of that would be empty."""
+    s, rows, longest, wide, narrow = step.size, sum(lengths), max(lengths), heads * head_dim, kv_heads * head_dim
+    cells, squares = len(lengths) * longest, len(lengths) * longest**2
+    padded, alone = rows < cells <= 2 * rows, cells > 2 * rows
+    if alone:
+        cells, squares = rows, sum(n * n for n in lengths)
+    size = s * rows * (wide + 2 * narrow) * padded  # on their way to the grid
+    if not step.cuda and step.dtype == "bfloat16" and longest <= SHORT:  # by products: also softmax's weights, twice
+        return size + s * (cells * (wide + 2 * narrow) + rows * wide * trained) + heads * squares * (4 + s) + longest**2
+    return size + s * (4 * cells + rows * trained * (padded or alone)) * wide + 4 * cells * heads
+
+
+def of_pictures(model, step):
+    """Bytes that the projector keeps, and the tower if it is trained."""
+    vision, s, tower = model.config.vision, step.size, learns(model, step, "vision_tower")
+    trained, size = bool(learns(model, step, "mm_projector")), 0
+    if trained or tower:  # before each GELU; if trained the input, too, and behind each GELU
+        linears = sum(isinstance(module, torch.nn.Linear) for module in model.mm_projector.modules())
+        between = max(0, linears - 1) * model.config.text.hidden_size
+        size = s * step.views * model.config.image_tokens * (between + trained * (vision.hidden_size + between))
+    if tower:  # a layer: attention, two norms and what they give, 2 or 3 numbers inside the MLP
+        width, heads, places = vision.hidden_size, vision.num_attention_heads, 1 + vision.num_patches
+        inner = vision.intermediate_size * (3 if vision.hidden_act == "quick_gelu" else 2)
+        one = attention(step, [places] * step.views, heads, heads, width // heads, True)
+        one += s * step.views * places * (4 * width + inner)
+        size += one * len(model.vision_tower.vision_model["encoder"]["layers"])
+        size += s * step.views * (places * width + 3 * vision.image_size**2 * (s < 4))  # the first norm's input, pixels
+    return size
+
+
+def workspace(model, step):
+    """What comes and goes: weights gathered for this layer and the next, a layer's gradient (and on its way to other
+    devices), a layer computed again, gradients inside its MLP, a matrix decoded from codes."""
+    text, s = model.config.text, step.size
+    own = [p for name, p in model.named_parameters() if name.startswith(LAYERS + "0.")]
+    trained = sum(p.numel() for p in learns(model, step, LAYERS + "0.").values())
+    lora = sum(step.lora_r * sum(p.shape) for p in own if p.dim() == 2)
+    copies = (0 if step.keep_gathered else 2 * s) + s + 4 * (step.share < 1)
+    return (copies * (trained + lora) + (step.bits < 16) * s * max(p.numel() for p in own)
+            + step.checkpointing * layer(model, step)
+            + s * step.rows * ((1 if trained else 2) * text.intermediate_size + 2 * text.hidden_size))
+
+
+# ------------------------------------------------------------------------------------------------- from a command line
+
+
+def read_config(args):
+    """The LlavaConfig that a command line trains, from config.json files or public_models.json alone."""
+    chosen = {field.name: getattr(args, field.name, None) for field in fields(LlavaConfig)}
+    chosen["image_grid_pinpoints"] = layouts.read_pinpoints(args.image_grid_pinpoints)
+    chosen["vision"] = config_of(args.vision_tower) if args.vision_tower else None
+    return replace(config_of(args.model_name_or_path, layouts.read_config),
+                   **{key: value for key, value in chosen.items() if value is not None})
+
+
+def config_of(name, language=None):
+    """A folder or a hub id -> ClipVisionConfig, or with `language` (layouts.read_config) LlavaConfig. The disk is asked
+    first, then the public models that are written down here, then the hub."""
+    public = {key.lower(): values for key, values in read_json(Path(__file__).with_name("public_models.json")).items()}
+    values, folder = public.get(str(name).lower()), hub.here(name)
+    if folder or values is None:
+        values = read_json((folder or hub.find_folder(name, weights=False)) / "config.json")
+    elif isinstance(values, str):
+        values = public[values.lower()]
+    if language is None:
+        return layouts.read_vision_config(values, name)
+    config, tower = language(values, {HEAD}, name), values.get("mm_vision_tower") or values.get("vision_tower")
+    return replace(config, vision=config_of(tower)) if config.vision is None and tower else config
+
+
+def devices_of(args):
+    """--gpus 8x80GB, or else what is here -> (devices, bytes of each that can be planned with, whether CUDA's)."""
+    if args.gpus:
+        count, _, size = args.gpus.lower().rpartition("x")
+        try:
+            return int(count or 1), command.file_size(size), True
+        except (ValueError, ArgumentTypeError):
+            raise ValueError(f"--gpus {args.gpus}: expected how many of what size, like 8x80GB") from None
+    world, local = int(os.environ.get("WORLD_SIZE", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available() and not args.use_cpu:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return world or torch.cuda.device_count(), int(ROOM * memory), True
+    return world or 1, int(ROOM * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local), False
+
+
+def step_of(args, config):
+    """The largest micro-batch that the flags allow -> (Step, bytes of a device)."""
+    devices, memory, cuda = devices_of(args)
+    count, length, places = args.per_device_train_batch_size, args.plan_tokens or args.model_max_length, (0, 0)
+    if config.vision is not None:
+        sizes = config.pinpoints if config.image_aspect_ratio == "anyres" else [[config.vision.image_size] * 2]
+        places = max((config.tokens_of(size), config.views_of(size)) for size in sizes)
+    return Step(
+        (length,) * count, count * max(1, length - places[0]), count * places[1], args.gradient_accumulation_steps,
+        args.dtype, bool(args.gradient_checkpointing),
+        devices, 0 if args.offload else 1 / devices, args.keep_gathered, args.lora_enable * args.lora_r, args.bits,
+        args.double_quant, cuda), memory
+
+
+class Checkpointing:
+    """Whether the activations of a micro-batch are kept or computed again: as --gradient_checkpointing says, without it
+    as the memory allows. The numbers are the same, and ranks need not agree. line: for the user."""
+
+    def __init__(self, args, model):
+        self.model, (self.step, self.memory) = model, step_of(args, model.config)
+        need = total(model, replace(self.step, checkpointing=False))
+        self.always = args.gradient_checkpointing
+        if self.always is None and need <= self.memory:
+            self.always = False
+        word = {None: "where needed", True: "on", False: "off"}[self.always]
+        self.line = (f"activation checkpointing {word}: without it the largest micro-batch, {len(self.step.lengths)} x "
+                     f"{self.step.lengths[0]:,} tokens, takes {gigabytes(need)} of {gigabytes(self.memory)} GB")
+
+    def of(self, batch):
+        """True if this micro-batch's activations are to be computed again."""
+        if self.always is not None:
+            return self.always
+        learned, lengths = int((batch.labels != IGNORE_INDEX).sum()), tuple(batch.cu_seqlens.diff().tolist())
+        step = replace(self.step, lengths=lengths, learned=learned, views=len(batch.pixel_values))
+        return total(self.model, step) > self.memory
+
+
+# -------------------------------------------------------------------------------------------------- what a person sees
+
+
+def gigabytes(size):
+    """12345678901 -> '12.35'."""
+    return f"{size / 1e9:.2f}"
+
+
+def show(args, model):
+    """Print the plan of a command line. -> the exit status: 0 if it fits, 1 if not"""
+    step, memory = step_of(args, model.config)
+    count, why = len(step.lengths), ""
+    if args.gradient_checkpointing is None and total(model, step) > memory:
+        why, step = f" (without it {gigabytes(total(model, step))} GB)", replace(step, checkpointing=True)
+    records, need = count * step.accumulate * step.devices, total(model, step)
+    print(f"{args.model_name_or_path} in {step.dtype} on {step.devices} x {gigabytes(memory)} GB\n"
+          f"{count} records x {step.accumulate} accumulated x {step.devices} devices = {records} a step, each of "
+          f"{step.lengths[0]:,} tokens (--plan_tokens), {step.learned // count:,} learned\nactivation checkpointing "
+          f"{'on' if step.checkpointing else 'off'}{why}\n\n{'on each device':40s} {'GB':>8s}")
+    print("\n".join(f"{part:40s} {gigabytes(size):>8s}" for part, size in parts(model, step).items() if size))
+    verdict = "it fits" if need <= memory else "it does not fit"
+    print(f"{'together':40s} {gigabytes(need):>8s} of {gigabytes(memory)}: {verdict}")
+    if need > memory:
+        print("\nwhat to change first, each upon the one before:\n" + "\n".join(advice(model, step, memory)))
+    return int(need > memory)
+
+
+def advice(model, step, memory):
+    """Lines: a change upon those before, what it saves and what it leaves; until it fits."""
+    wanted, rungs = step, []
+    while len(step.lengths) > 1 and total(model, step) > memory:
+        step = smaller(step)
+        rungs = [(step.flags, step)]
+    for flags, change in (("--gradient_checkpointing True", {"checkpointing": True}),
+                          ("--deepspeed zero3.json", {"keep_gathered": False}),
+                          ("--lora_enable True --lora_r 128", {"lora_r": 128} if learns(model, step, LAYERS) else {}),
+                          ("--bits 4", {"bits": 4})):
+        if replace(step, **change) != step:
+            step = replace(step, **change)
+            rungs.append((flags, step))
+    before = wanted
+    for flags, step in rungs:
+        need, saved = total(model, step), total(model, before) - total(model, step)
+        yield f"  {flags:64s} saves {gigabytes(saved):>7s} GB, leaves {gigabytes(need):>7s}"
+        if need <= memory:
+            best = replace(step, **{key: getattr(wanted, key) for key in ("lengths", "learned", "views", "accumulate")})
+            while total(model, best) > memory:
+                best = smaller(best)
+            also = f", also with {best.flags}: {gigabytes(total(model, best))}"
+            yield "it fits then" + (also if best != step else "")
+            return
+        before = step
+    yield "that is not enough: take more devices, larger ones, or a smaller model"
+
+
+def smaller(step):
+    """`step` with micro-batches of half the size (or a third …) and twice as many: an update stays the same."""
+    count = len(step.lengths)
+    by = next(n for n in range(2, count + 1) if count % n == 0)
+    return replace(step, lengths=step.lengths[:count // by], learned=step.learned // by, views=step.views // by,
+                   accumulate=step.accumulate * by)
