@@ -23,7 +23,7 @@ demo: .venv/.run ## a LLaVA learns to see: draw a world, train both stages, answ
 		--vision_tower miniature/vision --data_path runs/world/pretrain.json $(UNSEEN) --output_dir runs/pretrain
 	$(PY) train.py --recipe miniature --stage finetune --model_name_or_path runs/pretrain \
 		--data_path runs/world/finetune.json $(UNSEEN) --output_dir runs/finetune
-	$(PY) -m training.plot runs/demo.png runs/pretrain,runs/finetune
+	$(PY) -m benches.plot runs/demo.png runs/pretrain,runs/finetune
 	$(ASK) --image examples/scene.png --prompt "Describe the picture in detail."
 	$(ASK) --image examples/scene.png --prompt "Where is the green circle?" --attention runs/attention.png
 	$(ASK) --image examples/unseen.png --prompt "What color is the circle?"
@@ -33,7 +33,7 @@ towers: .venv/.run ## make the miniature's CLIP, LLaMA and tokenizer anew (3 to 
 
 demo-smollm: .venv/.smollm ## the same two stages with the real SmolLM2-135M as language model (15 minutes, 2 cores)
 	$(PY) -m miniature world runs/world
-	$(PY) weights.py convert $(GGUF) runs/smollm2
+	$(PY) weights.py convert $(GGUF) runs/smollm2 --overwrite_output_dir
 	$(PY) train.py --recipe miniature-smollm --stage pretrain --model_name_or_path runs/smollm2 \
 		--vision_tower miniature/vision --data_path runs/world/pretrain.json $(WORLD) --output_dir runs/smollm2-pretrain
 	$(PY) train.py --recipe miniature-smollm --stage finetune --model_name_or_path runs/smollm2-pretrain \

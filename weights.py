@@ -9,143 +9,35 @@ The three parts may come from three places: a language model, a CLIP folder (`vi
 (`pretrain_mm_mlp_adapter`); that is how LLaVA is first put together. Saving writes llava-hf's layout, which
 transformers and vLLM load as it is, or the original's where llava-hf has no words for the projector.
 
-    python weights.py inspect PATH [--json]
-    python weights.py convert SRC OUT [--to llava-hf|llava]
+    python weights.py inspect PATH [--json]                                 what it is, what is missing to run it
+    python weights.py convert SRC OUT [--to llava-hf|llava]                 another layout; SRC may be a GGUF LLaMA
+    python weights.py delta apply|make --base B --delta D --target T        LLaVA 0.x as it was published
+    python weights.py extract SRC OUT                                       the projector alone
 """
 
+import contextlib
+import io
 import json
-import os
 import re
-import shutil
-import sys
-import zipfile
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from formats import command, layouts, processor, templates
+from formats import command, delta, files, gguf_llama, hub, inspection, layouts, processor, templates, vocabulary
+from formats.checkpoint import open_checkpoint
+from formats.command import say
+from formats.vocabulary import EMBEDDING, HEAD
 from model import Llava, LlavaConfig
 from projector import build_projector
 from tokenizer import Tokenizer
 from vision import ImageProcessor
 
-WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors",  # the first that exists is read
-                "pytorch_model.bin.index.json", "pytorch_model.bin")
-PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
-SHARD_BYTES = 5e9  # of one file that we write
-EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"  # (V, D)
-
-
-# ---------------------------------------------------------------------------------------------------- files -> tensors
-
-
-def read_tensors(path):
-    """One .safetensors or .bin file -> {name: CPU tensor}, mapped into memory: nothing is read before it is used.
-
-    The mapping is private: writing to a tensor never writes to the file. Pickles are read with weights_only=True.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}
-        mapped = zipfile.is_zipfile(path)  # files older than torch 1.6 are no zip archives and cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; download or copy the folder again") from None
-    except Exception as error:  # SafetensorError, UnpicklingError, EOFError, RuntimeError: all mean a file to replace
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is truncated or no weight file ({reason}); copy it again") from None
-
-
-def read_json(path):
-    """A JSON file -> dict; ValueError names the file if it is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; expected a model folder with a config.json") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON ({error})") from None
-
-
-@dataclass
-class Checkpoint:
-    """What one folder (or projector file) holds.
-
-    config: config.json or {}; tensors: {our name: memory-mapped tensor}; unused: what else there is, a word per tensor.
-    """
-
-    path: Path
-    config: dict = field(default_factory=dict)
-    tensors: dict = field(default_factory=dict)
-    unused: list = field(default_factory=list)
-
-    def part(self, prefix):
-        """The tensors of one part: 'language_model', 'mm_projector' or 'vision_tower'."""
-        return {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix + ".")}
-
-    def add(self, file):
-        """Take in the tensors of one weight file."""
-        for name, tensor in read_tensors(file).items():
-            ours = layouts.our_name(name)
-            if what := layouts.unused(name):
-                self.unused.append(what)
-            elif ours is None:
-                raise ValueError(f"{file}: tensor {name!r} is in no known layout (LLaMA, CLIP, LLaVA, llava-hf)")
-            elif ours in self.tensors:
-                raise ValueError(f"{file}: tensor {name!r} comes a second time, under this or another name")
-            else:
-                self.tensors[ours] = tensor
-
-
-def open_checkpoint(path_or_hub_id):
-    """A local folder or a Hugging Face id -> Checkpoint, shards together; .safetensors go before .bin."""
-    folder = find_folder(path_or_hub_id)
-    checkpoint = Checkpoint(folder, read_json(folder / "config.json"))
-    name = next((name for name in WEIGHT_FILES if (folder / name).exists()), None)
-    if name is None:
-        files = []
-    elif name.endswith(".index.json"):
-        files = sorted(set(read_json(folder / name)["weight_map"].values()))
-    else:
-        files = [name]
-    for file in files:
-        checkpoint.add(folder / file)
-    if not checkpoint.part("mm_projector"):  # the original keeps a projector apart, and old ones are in no shard
-        for file in PROJECTOR_FILES:
-            if (folder / file).exists():
-                checkpoint.add(folder / file)
-                break
-    if not checkpoint.tensors:
-        raise ValueError(f"{folder} holds no weights; expected one of {', '.join(WEIGHT_FILES + PROJECTOR_FILES)}")
-    return checkpoint
-
-
-def find_folder(path_or_hub_id):
-    """A local folder as it is; otherwise the files of a Hugging Face id, downloaded once into its cache."""
-    folder = Path(path_or_hub_id)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ValueError(f"{folder} is a file; expected the folder that holds config.json and the weights")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_hub_id)):
-        raise ValueError(f"{folder} does not exist; expected a model folder or a Hugging Face id like owner/name")
-    from huggingface_hub import snapshot_download
-    try:
-        small = ["*.json", "*.jinja", "tokenizer.model"]
-        folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=[*small, "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=[*small, "*.bin"]))
-        return folder
-    except Exception as error:  # no network, no such repository, no access: huggingface_hub has a class for each
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path_or_hub_id} is no folder here, and no download from Hugging Face: {reason}") from None
-
+NEWLINE = "image_newline"  # (D,), the vector that ends a line of anyres tiles
 
 # ------------------------------------------------------------------------------------------------------------- loading
 
@@ -155,7 +47,8 @@ class Loaded:
     """A model with all that goes with it.
 
     tokenizer and image_processor are None where the folder has none; tower: name or path of the vision tower; spare:
-    tower tensors that the model does not need but a saved folder does; new_projector: True if it is untrained.
+    tower tensors that the model does not need but a saved folder does; new_projector: True if it is untrained;
+    silent_ids: ids that no answer may hold, rows of the head without a token.
     """
 
     model: Llava
@@ -166,6 +59,7 @@ class Loaded:
     tower: str = None
     spare: dict = field(default_factory=dict)
     new_projector: bool = False
+    silent_ids: list = field(default_factory=list)
 
 
 def pick_device(device="auto"):
@@ -190,22 +84,23 @@ def pick_dtype(dtype, device):
 
 
 def load(path_or_hub_id, dtype="auto", device="auto", bits=16, model_base=None, vision_tower=None,
-         pretrain_mm_mlp_adapter=None, mm_projector_type=None, projector_seed=None, **settings):
+         pretrain_mm_mlp_adapter=None, mm_projector_type=None, projector_seed=None, pad_token=None, im_patch=False,
+         **settings):
     """Load a model -> Loaded. What was found, and what was left out, is said in a line or two on stderr.
 
     path_or_hub_id: a folder in any layout of formats/layouts.py, or a Hugging Face id. dtype: auto, a name, a
     torch.dtype, or `stored`. model_base: the language model of a folder that holds only a projector. vision_tower: a
     CLIP folder or id that takes the place of the folder's own. pretrain_mm_mlp_adapter: mm_projector.bin, a
     .safetensors, or a folder with one. A new projector is made only where none is found and `mm_projector_type` or
-    `projector_seed` asks for one. settings: fields of LlavaConfig (conv_mode, …) that go before the checkpoint's; None
-    is not given.
+    `projector_seed` asks for one. pad_token: added to a tokenizer that names none; im_patch: add `<im_patch>`.
+    settings: fields of LlavaConfig (conv_mode, …) that go before the checkpoint's; None is not given.
     ValueError for everything that does not fit.
     """
     if bits != 16:
         raise ValueError(f"--bits {bits} is not supported yet; use 16")
     given = open_checkpoint(path_or_hub_id)
     language = find_language_model(given, model_base)
-    config = layouts.read_config(language.config, language.tensors, language.path)
+    config = read_config(language)
     if given is not language and given.config:
         config = replace(layouts.read_config(given.config, given.tensors, given.path), text=config.text)
     config = replace(config, **{key: value for key, value in settings.items() if value is not None})
@@ -214,25 +109,25 @@ def load(path_or_hub_id, dtype="auto", device="auto", bits=16, model_base=None, 
     new_projector = config.vision is not None and adapter is None
     if new_projector:
         projector, config.mm_projector_type = new_mm_projector(given, config, mm_projector_type, projector_seed)
+    projector |= find_newline(given, adapter, config, projector_seed)
+    tensors = {**language.part("language_model"), **projector, **(tower.part("vision_tower") if tower else {})}
+    tokenizer, silent_ids = fit_vocabulary(tensors, config, given, language, adapter, pad_token, im_patch)
 
     device = pick_device(device)
-    dtype = language.tensors[EMBEDDING].dtype if dtype == "stored" else pick_dtype(dtype, device)
-    with torch.device("meta"):
+    dtype = tensors[EMBEDDING].dtype if dtype == "stored" else pick_dtype(dtype, device)
+    with torch.device("meta"), Blank():
         model = Llava(config)
-    tensors = {**language.part("language_model"), **projector, **(tower.part("vision_tower") if tower else {})}
-    for name in (EMBEDDING, HEAD):
-        if "unpadded_vocab_size" in language.config and name in tensors:
-            tensors[name] = tensors[name][: config.text.vocab_size]
     spare = take_spare(model, tensors)
     fill(model, tensors, dtype, device, path_or_hub_id)
 
-    tokenizer = find_tokenizer(language.path)
+    conv_mode, why = templates.choose_conv_mode(config, tokenizer)
     loaded = Loaded(
         model, tokenizer, tower and find_image_processor(tower.path, config), config,
-        templates.resolve_conv_mode(config, tokenizer), tower=tower_name,
+        conv_mode, tower=tower_name, silent_ids=silent_ids,
         spare={name: tensor for name, tensor in spare.items() if name != HEAD}, new_projector=new_projector)
-    unused = count_unused({"language_model": language, "vision_tower": tower, "mm_projector": adapter}, given, spare)
-    say(f"{path_or_hub_id}: {describe(loaded)}; template {loaded.conv_mode}")
+    unused = count_unused({"language_model": language, "vision_tower": tower, "mm_projector": adapter}, given, spare,
+                          config)
+    say(f"{path_or_hub_id}: {describe(loaded)}; template {conv_mode} ({why})")
     if unused:
         say("  not needed and left out: " + ", ".join(f"{what} ({count} tensors)" for what, count in unused.items()))
     return loaded
@@ -240,39 +135,68 @@ def load(path_or_hub_id, dtype="auto", device="auto", bits=16, model_base=None, 
 
 def find_language_model(given, model_base):
     """The checkpoint that holds the LLM: `given` itself, or model_base where `given` is a projector alone."""
-    if any(name.startswith("language_model.model.layers.") for name in given.tensors):
+    if given.layout == "lora":
+        base = given.adapter.base or "a model that it does not name"
+        raise ValueError(f"{given.path} is a LoRA adapter of rank {given.adapter.r} for {base}; adapters are not "
+                         "applied yet: give a model that it has been merged into")
+    if given.layout == "delta":
+        raise ValueError(f"{given.path} holds differences to LLaMA's weights, no model; make one with `python "
+                         f"weights.py delta apply --base LLAMA --delta {given.path} --target OUT`")
+    if given.layout == "clip":
+        raise ValueError(f"{given.path} is a vision tower without a language model; give it as --vision_tower")
+    if given.layout != "projector":
         if model_base:
             raise ValueError(f"{given.path} is a whole model; --model_base goes with a folder that is only a projector")
         return given
-    if given.part("vision_tower"):
-        raise ValueError(f"{given.path} is a vision tower without a language model; give it as --vision_tower")
     if not model_base:
         raise ValueError(f"{given.path} holds only a projector; name its language model with --model_base")
     return find_language_model(open_checkpoint(model_base), None)
+
+
+def read_config(language):
+    """A language model's config.json -> LlavaConfig, held against its tensors. Rows that `save` put behind the
+    vocabulary for llava-hf are taken off."""
+    config = layouts.read_config(language.config, language.tensors, language.path)
+    if "unpadded_vocab_size" in language.config:
+        for name in {EMBEDDING, HEAD} & language.tensors.keys():
+            language.tensors[name] = language.tensors[name].rows(config.text.vocab_size)
+    layouts.check_language_model(config.text, language.tensors, language.path)
+    return config
 
 
 def find_tower(given, config, vision_tower):
     """-> (Checkpoint with the tower's tensors, its name, ClipVisionConfig), all None for a language model alone.
 
     As the original does, a folder's own tower counts less than the CLIP folder that its config names, unless it was
-    trained (`unfreeze_mm_vision_tower`, or llava-hf's layout); where that folder is not here, its own is taken.
+    trained (llava-hf's layout, or the config says so); where that folder is not here, its own is taken: a tower that
+    was not trained is the same. A projector for CLIP ViT-L whose config names no tower is LLaVA 0.x's (LLAVA.md 6.3).
     """
-    own = given.part("vision_tower")
-    named = given.config.get("mm_vision_tower")
-    trained = "text_config" in given.config or given.config.get("unfreeze_mm_vision_tower")
-    if vision_tower is None and own and (trained or not named or not Path(named).is_dir()):
+    own, values = given.part("vision_tower"), given.config
+    named = values.get("mm_vision_tower") or values.get("vision_tower")
+    projector = given.part("mm_projector") or values.get("mm_projector_type") == "identity"
+    trained = "text_config" in values or values.get("unfreeze_mm_vision_tower") or values.get("mm_vision_tower_lr")
+    folder = hub.here(named) if named else None
+    known = folder and layouts.read_vision_config(files.read_json(folder / "config.json"), named)
+    if vision_tower is None and own and (trained or not folder):
+        if named and not trained:
+            say(f"{given.path}: {named}, which its config names, is not here; its own copy of the tower is taken")
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        return given, named or str(given.path), config.vision or layouts.vision_config_of_shapes(shapes)
-    if vision_tower is None and not given.part("mm_projector") and given.config.get("mm_projector_type") != "identity":
+        vision = config.vision or known or layouts.vision_config_of_shapes(shapes)
+        layouts.check_tower(vision, own, given.path)
+        return given, named or str(given.path), vision
+    if vision_tower is None and not projector and not named:
         return None, None, None
     name = vision_tower or named
+    width = next((tensor.shape[1] for tensor in given.part("mm_projector").values() if len(tensor.shape) == 2), None)
+    if name is None and width == 1024:
+        name = "openai/clip-vit-large-patch14"
+        say(f"{given.path} names no vision tower; LLaVA's first one is taken, {name}")
     if name is None:
         raise ValueError(f"{given.path} has a projector but names no vision tower; name one with --vision_tower")
     tower = open_checkpoint(name)
     vision = layouts.read_vision_config(tower.config, tower.path)
-    before = config.vision
-    if before is None and vision_tower and named and Path(named).is_dir():
-        before = layouts.read_vision_config(read_json(Path(named) / "config.json"), named)
+    layouts.check_tower(vision, tower.tensors, tower.path)
+    before = config.vision or known
     if before and before.num_patches != vision.num_patches:
         say(f"WARNING: {given.path} knows pictures of {before.image_size} pixels, {before.num_patches} tokens each; "
             f"the vision tower {name} takes {vision.image_size} pixels, {vision.num_patches} tokens each")
@@ -284,7 +208,7 @@ def find_projector(given, config, adapter, kind):
 
     The type follows from the tensors' names; ValueError if `kind`, the config or the widths on both sides disagree.
     """
-    source = given if adapter is None else open_projector(adapter)
+    source = given if adapter is None else open_checkpoint(adapter)
     tensors = source.part("mm_projector")
     if config.vision is None:
         if adapter:
@@ -297,7 +221,8 @@ def find_projector(given, config, adapter, kind):
         return None, {}
     found = layouts.projector_type(tensors)
     if says not in (None, found):
-        raise ValueError(f"{source.path} holds a projector of type {found}, not {says}; correct --mm_projector_type")
+        raise ValueError(f"{source.path} holds a projector of type {found}, not {says}; correct "
+                         + ("--mm_projector_type" if kind else "mm_projector_type in config.json"))
     config.mm_projector_type = found
     shapes = [tensors[name].shape for name in sorted(tensors) if name.endswith("weight")]
     widths = (shapes[0][1], shapes[-1][0]) if shapes else (config.vision.hidden_size, config.vision.hidden_size)
@@ -309,17 +234,6 @@ def find_projector(given, config, adapter, kind):
     return source, tensors
 
 
-def open_projector(path):
-    """mm_projector.bin, a .safetensors file, or a folder (or Hugging Face id) with one -> Checkpoint."""
-    path = Path(path)
-    if path.suffix not in (".bin", ".safetensors") or path.is_dir():
-        return open_checkpoint(path)
-    config = path.with_name("config.json")
-    checkpoint = Checkpoint(path, read_json(config) if config.exists() else {})
-    checkpoint.add(path)
-    return checkpoint
-
-
 def new_mm_projector(given, config, kind, seed):
     """An untrained projector with torch's own initialisation, as the original's -> ({our name: tensor}, its type)."""
     if kind is None and seed is None:
@@ -329,7 +243,56 @@ def new_mm_projector(given, config, kind, seed):
         torch.seed() if seed is None else torch.manual_seed(seed)
         module = build_projector(kind, config.vision.hidden_size, config.text.hidden_size)
     say(f"{given.path} has no projector: a new {kind} one is made, untrained, from seed {seed}")
-    return {f"mm_projector.{name}": tensor for name, tensor in module.state_dict().items()}, kind
+    return {f"mm_projector.{name}": files.lazy(tensor) for name, tensor in module.state_dict().items()}, kind
+
+
+def find_newline(given, adapter, config, seed):
+    """{} or {NEWLINE: tensor} where anyres ends its lines with one: the projector's, the model's, or with a seed a new
+    one, drawn as the original draws it."""
+    if config.vision is None or config.mm_patch_merge_type != "spatial_unpad":
+        return {}
+    for checkpoint in filter(None, (adapter, given)):
+        if NEWLINE in checkpoint.tensors:
+            return {NEWLINE: checkpoint.tensors[NEWLINE]}
+    if seed is None:
+        raise ValueError(f"{given.path} has no image_newline, which mm_patch_merge_type spatial_unpad needs; give a "
+                         "projector that has one with --pretrain_mm_mlp_adapter, or train one")
+    say(f"{given.path} has no image_newline: a new one is made, untrained, from seed {seed}")
+    width, generator = config.text.hidden_size, torch.Generator().manual_seed(seed)
+    return {NEWLINE: files.lazy(torch.randn(width, generator=generator) * width**-0.5)}
+
+
+def fit_vocabulary(tensors, config, given, language, projector, pad_token=None, im_patch=False):
+    """Make embeddings, head, tokenizer and config agree (formats/vocabulary.py), `tensors` and `config` in place.
+
+    projector: the Checkpoint it comes from, or None. -> (Tokenizer or None, the ids that no answer may hold)
+    """
+    text, where = config.text, language.path
+    tokenizer = find_tokenizer(where)
+    if tokenizer is None:
+        return None, []
+    if tokenizer.eos_token_id and (text.bos_token_id, text.eos_token_id) == (0, 1):  # stale ones of LLaVA 0.x
+        text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    rows = text.vocab_size
+    tokens = vocabulary.missing_tokens(tokenizer, given.config, config.mm_use_im_start_end, rows, pad_token, im_patch)
+    if tokens:
+        tokenizer = find_tokenizer(where, tokens)
+    if tokens and len(tokenizer) > rows:
+        trained = projector and projector.layout == "projector" and projector.tensors.get(EMBEDDING)
+        vocabulary.add_rows(tensors, tokens, trained or None, len(tokenizer), where)
+        rows = text.vocab_size = len(tokenizer)
+    image_token = language.config.get("image_token_index", language.config.get("image_token_id"))
+    return tokenizer, vocabulary.check_tokens(tokenizer, rows, image_token, where)
+
+
+class Blank(TorchFunctionMode):
+    """Modules made in here draw no first numbers, which files replace at once. On the meta device drawing them imports
+    all of torch's compiler: 70 MB, and 1.1 seconds of every start (0.1 without)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def take_spare(model, tensors):
@@ -345,50 +308,60 @@ def take_spare(model, tensors):
 
 
 def fill(model, tensors, dtype, device, where):
-    """Give every parameter of a model on the meta device its tensor: each used once, each filled once, shapes equal."""
+    """Give every parameter of a model on the meta device its tensor: each used once, each filled once, shapes equal.
+
+    A tensor that needs no cast is the file's own pages on the CPU; others are cast while they are read, so that memory
+    holds the model and some megabytes more.
+    """
     parameters = dict(model.named_parameters())
-    complaints = [f"{name} is missing" for name in sorted(parameters.keys() - tensors.keys())]
-    complaints += [f"{name} has no place in this model" for name in sorted(tensors.keys() - parameters.keys())]
-    complaints += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(parameters[name].shape)}"
-                   for name in parameters if name in tensors and tensors[name].shape != parameters[name].shape]
+    shapes = {}
+    for name in parameters.keys() & tensors.keys():
+        if tensors[name].shape != parameters[name].shape:
+            shapes.setdefault((tuple(tensors[name].shape), tuple(parameters[name].shape)), []).append(name)
+    complaints = [f"{what}: {files.list_names(names)}" for what, names in (
+        ("missing", parameters.keys() - tensors.keys()), ("no place in this model", tensors.keys() - parameters.keys()),
+        *((f"{found}, expected {wanted}", names) for (found, wanted), names in sorted(shapes.items()))) if names]
     if complaints:
-        more = f" and {len(complaints) - 12} more" if len(complaints) > 12 else ""
-        raise ValueError(f"{where}: config.json and weights do not agree: {'; '.join(complaints[:12])}{more}")
-    for name in parameters:
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensors[name].to(device, dtype)))
+        raise ValueError(f"{where}: config.json and weights do not agree: {'; '.join(complaints)}")
+    with ThreadPoolExecutor(4) as threads:  # some wait for pages of the file while others cast
+        filled = threads.map(lambda name: nn.Parameter(tensors[name].to(dtype).read().to(device)), parameters)
+        for name, parameter in zip(parameters, filled):
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, parameter)
     if model.config.text.tie_word_embeddings:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
-def find_tokenizer(folder):
-    """The folder's Tokenizer, None if it has no tokenizer files at all."""
+def find_tokenizer(folder, extra_tokens=()):
+    """The folder's Tokenizer with extra_tokens added to it, None if it has no tokenizer files at all."""
     names = ("tokenizer.json", "tokenizer.model")
-    return Tokenizer.from_folder(folder) if any((folder / name).exists() for name in names) else None
+    return Tokenizer.from_folder(folder, extra_tokens) if any((folder / name).exists() for name in names) else None
 
 
 def find_image_processor(folder, config):
     """The tower's ImageProcessor, from preprocessor_config.json or (transformers 5) inside processor_config.json."""
     side, values = config.vision.image_size, {}
     if (folder / "preprocessor_config.json").exists():
-        values = read_json(folder / "preprocessor_config.json")
+        values = files.read_json(folder / "preprocessor_config.json")
     elif (folder / "processor_config.json").exists():
-        values = read_json(folder / "processor_config.json").get("image_processor", {})
+        values = files.read_json(folder / "processor_config.json").get("image_processor", {})
     processor = ImageProcessor.from_dict(values or {"size": side})
     if processor.crop_size != side:
         say(f"WARNING: {folder} makes pictures of {processor.crop_size} pixels, its tower takes {side}: {side} it is")
         processor = replace(processor, crop_size=side, shortest_edge=side)
-    return processor
+    return replace(processor, image_grid_pinpoints=config.pinpoints if config.image_aspect_ratio == "anyres" else None)
 
 
-def count_unused(sources, given, spare):
+def count_unused(sources, given, spare, config):
     """-> {what: number of tensors} that the files hold and the model does not: known kinds and replaced parts."""
     checkpoints = {id(checkpoint): checkpoint for checkpoint in (given, *sources.values()) if checkpoint}.values()
     counts = Counter(what for checkpoint in checkpoints for what in checkpoint.unused)
     for name in spare:
         counts["the tied head" if name == HEAD else "tower layers behind the selected one"] += 1
     for checkpoint in checkpoints:
+        if NEWLINE in checkpoint.tensors and config.mm_patch_merge_type != "spatial_unpad":
+            counts[f"{NEWLINE} of {checkpoint.path}"] = 1
         for part, source in sources.items():
             if source is not checkpoint and checkpoint.part(part):
                 counts[f"{part} of {checkpoint.path}"] = len(checkpoint.part(part))
@@ -400,25 +373,37 @@ def describe(loaded):
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in loaded.model.named_children()}
     weight = loaded.model.language_model.model.embed_tokens.weight
     sizes = ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in parts.items())
-    tokens = f", {loaded.config.image_tokens} tokens per picture" if loaded.config.vision else ""
+    views = "view" if loaded.config.image_aspect_ratio == "anyres" else "picture"
+    tokens = f", {loaded.config.image_tokens} tokens per {views}" if loaded.config.vision else ""
     return f"{sizes} parameters, {str(weight.dtype).removeprefix('torch.')} on {weight.device}{tokens}"
-
-
-def say(text):
-    """Tell the user, once: on stderr, so that stdout stays free for answers and JSON; from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
-def save(loaded, folder, layout="auto", tensors=None, dtype=None):
+def save(loaded, folder, layout="auto", tensors=None, dtype=None, max_shard_size=files.SHARD_BYTES, overwrite=True,
+         check=False):
     """Write a folder that `load`, transformers and vLLM read as it is.
 
     layout: llava-hf, llava (the original's) or auto: llava-hf if it has words for the projector. A language model alone
     is written as a plain LLaMA. tensors: {our name: tensor} instead of the model's own (gathered from many ranks);
-    dtype: cast to it. Tower tensors that the model left out are copied. Nothing is left half written.
+    dtype: cast to it; max_shard_size: bytes of one weight file. Tower tensors that the model left out are copied.
+    overwrite: the folder may hold something; check: read all of it again before it is called written. Nothing is left
+    half written.
+    """
+    tensors, contents, layout, stored = lay_out(loaded, layout, tensors, dtype)
+    with files.new_folder(folder, overwrite) as temporary:
+        files.write_tensors(temporary, tensors, max_shard_size)
+        files.write_files(temporary, contents)
+        if check:
+            read_again(temporary, tensors)
+    say(f"written to {folder}: {layout} layout, {stored}" + (", read again and found equal" if check else ""))
+
+
+def lay_out(loaded, layout="auto", tensors=None, dtype=None):
+    """What `save` will write, and nothing is written yet; tensors on the meta device do too, their sizes are known.
+
+    -> ({name in the file: tensor or LazyTensor}, {file: bytes or what becomes JSON}, name of the layout, of the dtype)
     """
     config = replace(loaded.config, conv_mode=loaded.conv_mode)
     layout = pick_layout(config, layout)
@@ -427,43 +412,48 @@ def save(loaded, folder, layout="auto", tensors=None, dtype=None):
         tensors.pop(HEAD, None)
     stored = dtype or tensors[EMBEDDING].dtype
     tensors |= {name: tensor.to(stored) for name, tensor in loaded.spare.items()}
-    tensors = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
     stored = str(stored).removeprefix("torch.")
 
-    copied = loaded.tokenizer.folder_files if loaded.tokenizer else {}
-    files = {name: path.read_bytes() for name, path in copied.items()}
+    contents = loaded.tokenizer.folder_files if loaded.tokenizer else {}
     ids = {key: getattr(config.text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    files["generation_config.json"] = {key: value for key, value in ids.items() if value is not None}
+    contents["generation_config.json"] = {key: value for key, value in ids.items() if value is not None}
     if config.vision is None:
-        files["config.json"] = layouts.llama_config(config, stored)
+        contents["config.json"] = layouts.llama_config(config, stored)
     else:
-        files["preprocessor_config.json"] = processor.preprocessor_config(loaded.image_processor, config)
+        contents["preprocessor_config.json"] = processor.preprocessor_config(loaded.image_processor, config)
     if layout == "llava-hf":
-        image_token_id, rows = make_room_for_image_token(files, tensors, loaded.tokenizer)
-        files["config.json"] = layouts.llava_hf_config(config, loaded.tower, stored, image_token_id, rows)
-        files["processor_config.json"] = processor.processor_config(config)
-        if template := processor.chat_template(config.conv_mode, loaded.tokenizer):
-            files["chat_template.jinja"] = template.encode()
+        image_token_id, rows = make_room_for_image_token(contents, tensors, loaded.tokenizer)
+        contents["config.json"] = layouts.llava_hf_config(config, loaded.tower, stored, image_token_id, rows)
+        contents["processor_config.json"] = processor.processor_config(config)
+        if template := processor.chat_template(config.conv_mode, loaded.tokenizer, config.mm_use_im_start_end):
+            contents["chat_template.jinja"] = template.encode()
     elif config.vision is not None:
-        rows = processor.remove_image_token(files) or config.text.vocab_size
+        rows = processor.remove_image_token(contents) or config.text.vocab_size
         for name in {EMBEDDING, HEAD} & tensors.keys():
             tensors[name] = tensors[name][:rows]
         config = replace(config, text=replace(config.text, vocab_size=rows))
-        files["config.json"] = layouts.llava_config(config, loaded.tower, stored) | {"unfreeze_mm_vision_tower": True}
-    with whole_folder(folder) as temporary:
-        write_shards(temporary, {layouts.file_name(name, layout): tensor for name, tensor in tensors.items()})
-        write_files(temporary, files)
-    say(f"written to {folder}: {'plain LLaMA' if config.vision is None else layout} layout, {stored}")
+        values = layouts.llava_config(config, loaded.tower, stored)
+        contents["config.json"] = values | {"unfreeze_mm_vision_tower": True}
+    named = {layouts.file_name(name, layout): tensor for name, tensor in tensors.items()}
+    return named, contents, "plain LLaMA" if config.vision is None else layout, stored
 
 
-def make_room_for_image_token(files, tensors, tokenizer):
+def read_again(folder, tensors):
+    """What was written holds the same numbers, and loads as a whole: ValueError otherwise."""
+    files.compare(folder, tensors)
+    with contextlib.redirect_stderr(io.StringIO()):  # which would speak of the temporary folder
+        load(folder, dtype="stored", device="cpu")
+
+
+def make_room_for_image_token(contents, tensors, tokenizer):
     """llava-hf looks `<image>` up before it puts the features there: give it an id and the vocabulary a row for it.
 
-    Changes files and tensors in place -> (id of `<image>`, rows). Rows are added up to a multiple of 64, as published,
-    all the mean of the others, so that none ever scores best; generation_config.json suppresses them besides.
+    Changes both in place -> (id of `<image>`, rows). Rows are added up to a multiple of 64, as published, all the mean
+    of the others, so that none ever scores best; generation_config.json suppresses them besides.
     """
     vocabulary = len(tensors[EMBEDDING])
-    image_token_id = processor.add_image_token(files, len(tokenizer) if tokenizer else vocabulary)
+    image_token_id = processor.add_image_token(contents, len(tokenizer) if tokenizer else vocabulary)
     if image_token_id < vocabulary:
         return image_token_id, vocabulary
     rows = -(-(image_token_id + 1) // 64) * 64
@@ -471,22 +461,24 @@ def make_room_for_image_token(files, tensors, tokenizer):
         weight = tensors[name]
         mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
         tensors[name] = torch.cat([weight, mean.expand(rows - vocabulary, -1)])  # (rows, D)
-    files["generation_config.json"]["suppress_tokens"] = list(range(vocabulary, rows))
+    contents["generation_config.json"]["suppress_tokens"] = list(range(vocabulary, rows))
     return image_token_id, rows
 
 
 def save_projector(loaded, folder, tensors=None):
-    """Write what stage 1 learned as the original does: mm_projector.bin (`model.mm_projector.*`) and config.json.
+    """Write what stage 1 learned as the original does: mm_projector.bin (`model.mm_projector.*`, and the embeddings if
+    <im_start> and <im_end> are among them) and config.json.
 
     tensors: as in `save`. (LLAVA.md 6.8.)
     """
     tensors = loaded.model.state_dict() if tensors is None else tensors
     kind = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     config = layouts.llava_config(replace(loaded.config, conv_mode=loaded.conv_mode), loaded.tower, kind)
-    with whole_folder(folder) as temporary:
-        torch.save({f"model.{name}": tensor.detach().cpu().clone() for name, tensor in tensors.items()
-                    if name.startswith("mm_projector.")}, temporary / "mm_projector.bin")
-        write_files(temporary, {"config.json": config | {"tune_mm_mlp_adapter": True}})
+    learned = ("mm_projector.", NEWLINE) + (EMBEDDING,) * loaded.config.mm_use_im_start_end
+    with files.new_folder(folder, replace=True) as temporary:
+        torch.save({layouts.file_name(name, "llava"): tensor.detach().cpu().clone() for name, tensor in tensors.items()
+                    if name.startswith(learned)}, temporary / "mm_projector.bin")
+        files.write_files(temporary, {"config.json": config | {"tune_mm_mlp_adapter": True}})
 
 
 def pick_layout(config, layout):
@@ -497,128 +489,97 @@ def pick_layout(config, layout):
         if layout != "auto":
             raise ValueError(f"a language model without a vision tower has no {layout} layout; leave --to out")
         return "llava"  # its names without projector and tower are LLaMA's
-    if config.mm_projector_type == "mlp2x_gelu":
+    lacks = layouts.llava_hf_lacks(config)
+    if lacks is None:
         return "llava-hf" if layout == "auto" else layout
     if layout == "llava-hf":
-        raise ValueError(f"llava-hf has no words for a projector of type {config.mm_projector_type}, only for "
-                         "mlp2x_gelu; write the original's layout (--to llava)")
+        raise ValueError(f"llava-hf has no words for {lacks}; write the original's layout (--to llava)")
     if layout == "auto":
-        say(f"llava-hf has no words for a {config.mm_projector_type} projector; written is the original's layout")
+        say(f"llava-hf has no words for {lacks}; written is the original's layout")
     return "llava"
-
-
-@contextmanager
-def whole_folder(folder):
-    """A temporary folder beside `folder` whose files move into it only when the block has ended without an error.
-
-    Weight files that stand there from before and are not replaced would be read first, or half; they go.
-    """
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        folder.mkdir(exist_ok=True)
-        new = sorted(temporary.iterdir(), key=lambda file: file.name == "config.json")  # config.json comes last
-        if any(file.suffix == ".safetensors" for file in new):
-            for file in folder.glob("model*.safetensors*"):
-                file.unlink()
-        for file in new:
-            file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(temporary)
-
-
-def write_shards(folder, tensors):
-    """model.safetensors, or from SHARD_BYTES on several files and their index."""
-    shards, room = [{}], SHARD_BYTES
-    for name, tensor in sorted(tensors.items()):
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
-            room = SHARD_BYTES
-        shards[-1][name] = tensor.cpu().contiguous()
-        room -= tensor.nbytes
-    index = {}
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors makes it 0600
-        index |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        write_files(folder, {"model.safetensors.index.json": {"metadata": {"total_size": size}, "weight_map": index}})
-
-
-def write_files(folder, files):
-    """{name: bytes, or what becomes JSON} -> files."""
-    for name, content in files.items():
-        if not isinstance(content, bytes):
-            content = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-        (folder / name).write_bytes(content)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def inspect(path):
-    """What a folder holds -> dict for JSON: layout, parts (tensors, parameters, bytes, dtypes), config, template."""
-    checkpoint = open_checkpoint(path)
-    kind, parts = checkpoint.config.get("model_type"), {}
-    for name in ("vision_tower", "mm_projector", "language_model"):
-        if tensors := checkpoint.part(name).values():
-            parts[name] = {"tensors": len(tensors), "parameters": sum(t.numel() for t in tensors),
-                           "bytes": sum(t.nbytes for t in tensors),
-                           "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors})}
-    report = {"path": str(checkpoint.path), "layout": "clip", "parts": parts, "not_needed": Counter(checkpoint.unused)}
-    if kind in layouts.CLIP_FAMILY:
-        vision = layouts.read_vision_config(checkpoint.config, path)
-        return report | {"image_tokens": vision.num_patches, "config": {"vision": asdict(vision)}}
-    config = layouts.read_config(checkpoint.config, checkpoint.tensors, path)
-    plain = "llava" if "mm_projector" in parts else "llama"
-    report["layout"] = "llava-hf" if "text_config" in checkpoint.config else plain
-    return report | {"image_tokens": config.image_tokens, "config": asdict(config),
-                     "conv_mode": templates.resolve_conv_mode(config, find_tokenizer(checkpoint.path))}
-
-
-def convert(source, out, layout="auto"):
+def convert(source, out, layout="auto", max_shard_size=files.SHARD_BYTES, overwrite=False):
     """Any folder that `load` reads, or a GGUF LLaMA -> a folder in a public layout; tensors keep their dtype."""
     if Path(source).suffix != ".gguf":
-        return save(load(source, dtype="stored", device="cpu"), out, layout)
+        loaded = load(source, dtype="stored", device="cpu")
+        return save(loaded, out, layout, max_shard_size=max_shard_size, overwrite=overwrite, check=True)
     if layout != "auto":
         raise ValueError(f"{source} is a language model; it becomes a plain LLaMA folder, leave --to out")
-    from formats import gguf_llama
-    tensors, files = gguf_llama.read(source)
-    with whole_folder(out) as temporary:
-        write_shards(temporary, tensors)
-        write_files(temporary, files)
-    say(f"written to {out}: plain LLaMA layout, {sum(t.numel() for t in tensors.values()) / 1e6:,.2f} M parameters")
+    tensors, contents = gguf_llama.read(source)
+    with files.new_folder(out, overwrite) as temporary:
+        files.write_tensors(temporary, tensors, max_shard_size)
+        files.write_files(temporary, contents)
+        read_again(temporary, tensors)
+    say(f"written to {out}: plain LLaMA layout, {sum(t.numel() for t in tensors.values()) / 1e6:,.2f} M parameters, "
+        "read again and found equal")
+
+
+def extract(source, out, overwrite=False):
+    """A whole model's projector -> a .bin or .safetensors file, or a folder with mm_projector.bin and config.json.
+
+    As the original's extract_mm_projector: its names, and with <im_start> and <im_end> the embeddings (LLAVA.md 6.8).
+    """
+    checkpoint = open_checkpoint(source)
+    config, out = checkpoint.config, Path(out)
+    if not checkpoint.part("mm_projector"):
+        raise ValueError(f"{source} holds no projector; expected a LLaVA, or what its stage 1 has written")
+    parts = ("mm_projector.", "image_newline") + ((EMBEDDING,) if config.get("mm_use_im_start_end") else ())
+    tensors = {layouts.file_name(name, "llava"): tensor for name, tensor in checkpoint.tensors.items()
+               if name.startswith(parts)}
+    if out.suffix in (".bin", ".safetensors"):
+        with files.new_file(out, overwrite) as temporary:
+            files.write_file(temporary, tensors)
+    else:
+        if "text_config" in config:  # llava-hf's; projectors are known with the original's
+            values = layouts.read_config(config, checkpoint.tensors, checkpoint.path)
+            dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+            config = layouts.llava_config(values, config.get("mm_vision_tower", str(source)), dtype)
+        with files.new_folder(out, overwrite) as temporary:
+            files.write_file(temporary / "mm_projector.bin", tensors)
+            files.write_files(temporary, {"config.json": config | {"tune_mm_mlp_adapter": True}})
+    say(f"written to {out}: {', '.join(tensors)}, read again and found equal")
 
 
 def main():
     """The command line at the head of this file."""
     parser = command.Parser(prog="python weights.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    inspecting = commands.add_parser("inspect", help="say what a folder holds")
+    inspecting = commands.add_parser("inspect", help="say what a folder or file holds, and what is missing to run it")
     inspecting.add_argument("path")
-    inspecting.add_switch("--json", help="as one JSON object")
+    inspecting.add_switch("--tensors", help="list every tensor")
+    inspecting.add_switch("--json", help="all of it as one JSON object")
     converting = commands.add_parser("convert", help="write a folder, or a GGUF LLaMA, in another layout")
     converting.add_argument("source")
     converting.add_argument("out")
     converting.add_argument("--to", default="auto", choices=("auto", "llava-hf", "llava"))
+    differing = commands.add_parser("delta", help="apply a delta to its LLaMA, or make one")
+    differing.add_argument("what", choices=("apply", "make"))
+    for name in ("base", "delta", "target"):  # the longer names are the original's
+        path = "path" if name == "delta" else "model_path"
+        differing.add_argument(f"--{name}", f"--{name}_{path}", required=True, metavar="FOLDER")
+    extracting = commands.add_parser("extract", help="take the projector out of a whole model")
+    extracting.add_argument("source")
+    extracting.add_argument("out", help="a .bin or .safetensors file, or a folder")
+    for writing in (converting, differing):
+        writing.add_argument("--max_shard_size", type=command.file_size, default="5GB", help="like 5GB or 200MB")
+    for writing in (converting, differing, extracting):
+        writing.add_switch("--overwrite_output_dir", help="write to a folder, or over a file, that is there already")
     args = parser.parse_args()
-    if args.command == "convert":
-        return convert(args.source, args.out, args.to)
-    report = inspect(args.path)
-    if args.json:
-        print(json.dumps(report, indent=2))
-        return
-    print(f"{report['path']}: {report['layout']} layout")
-    for name, part in report["parts"].items():
-        print(f"  {name:15s} {part['tensors']:5d} tensors {part['parameters'] / 1e6:10,.2f} M parameters "
-              f"{part['bytes'] / 1e6:10,.1f} MB  {', '.join(part['dtypes'])}")
-    for what, count in report["not_needed"].items():
-        print(f"  {what:15s} {count:5d} tensors, not needed")
-    print(f"  {report['image_tokens']} tokens per picture, template {report.get('conv_mode', 'none')}")
+    if args.command == "inspect":
+        report = inspection.inspect(args.path)
+        print(json.dumps(report, indent=2) if args.json else inspection.describe(report, args.tensors))
+    elif args.command == "convert":
+        convert(args.source, args.out, args.to, args.max_shard_size, args.overwrite_output_dir)
+    elif args.command == "extract":
+        extract(args.source, args.out, args.overwrite_output_dir)
+    elif args.what == "apply":
+        delta.apply(args.base, args.delta, args.target, args.max_shard_size, args.overwrite_output_dir)
+    else:
+        delta.make(args.base, args.target, args.delta, args.max_shard_size, args.overwrite_output_dir)
 
 
 if __name__ == "__main__":

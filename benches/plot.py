@@ -1,7 +1,7 @@
 """Two pictures of a training run: its loss, and whether the model looks at the picture.
 
-    python -m training.plot out.png runs/pretrain,runs/finetune      two stages, one after the other
-    python -m training.plot out.png runs/a runs/b                    two runs, compared
+    python -m benches.plot out.png runs/pretrain,runs/finetune      two stages, one after the other
+    python -m benches.plot out.png runs/a runs/b                    two runs, compared
 
 Left: the loss of every step (faint) and its course (bold). Right: the sight meter, the share of held-out questions
 answered exactly with the true picture, with another record's picture (shuffled) and with a blank one. Who answers from
@@ -197,7 +197,7 @@ def plot_runs(runs, out_png):
 
 def main():
     """The command line at the head of this file."""
-    parser = command.Parser(prog="python -m training.plot", description=__doc__)
+    parser = command.Parser(prog="python -m benches.plot", description=__doc__)
     parser.add_argument("out", help="the PNG to write")
     parser.add_argument("runs", nargs="+", help="folders with log.jsonl; a run's stages joined by commas")
     args = parser.parse_args()

@@ -11,6 +11,7 @@ import difflib
 import os
 import re
 import sys
+import time
 
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 FLAG = re.compile(r"(--?[A-Za-z][\w-]*)(=.*)?", re.DOTALL)  # --flag or --flag=value; a text like "-- well" is neither
@@ -89,3 +90,43 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def say(text, end="\n"):
+    """Tell the user, once: on stderr, so that stdout stays free for answers and JSON; from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True, end=end)
+
+
+def file_size(text):
+    """'5GB', '200 MB', '1.5GiB', '1000' -> bytes. Decimal units, as everywhere with weight files, unless it says i."""
+    match = re.fullmatch(r"([\d.]+)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
+    try:
+        size = float(match[1]) * (1024 if match[3] else 1000) ** (" kmgt".index(match[2]) if match[2] else 0)
+    except (TypeError, ValueError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected a size like 5GB or 200MB, not {text!r}")
+    return int(size)
+
+
+class Progress:
+    """A line on stderr about work that takes more than a second: `writing: 45 % of 13.48 GB, 310 MB/s, 0:24 left`.
+
+    total: bytes. On a terminal the line is renewed in place, in a log another comes every ten seconds.
+    """
+
+    def __init__(self, label, total):
+        self.label, self.total, self.done, self.terminal = label, total, 0, sys.stderr.isatty()
+        self.began = self.said = time.monotonic()
+
+    def advance(self, size):
+        """`size` more bytes are done."""
+        self.done += size
+        now, last = time.monotonic(), self.done == self.total
+        if now - self.began < 1 or (now - self.said < (0.2 if self.terminal else 10) and not last):
+            return
+        self.said, rate = now, self.done / (now - self.began)
+        left = round((self.total - self.done) / rate)
+        say(f"{self.label}: {100 * self.done / self.total:.0f} % of {self.total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, "
+            f"{left // 60}:{left % 60:02d} left", end="   \r" if self.terminal and not last else "\n")

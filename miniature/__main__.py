@@ -24,7 +24,7 @@ def main(argv=None):
     world.add_argument("--conversations", type=int, default=12000, help="records of stage 2 (default 12000)")
     world.add_argument("--questions", type=int, default=40, help="held-out questions of each kind (default 40)")
     pretrain = doors.add_parser("towers", help="a tiny CLIP and a tiny LLaMA")
-    pretrain.add_argument("--clip_steps", type=int, default=650, help="steps of 96 pictures (default 650)")
+    pretrain.add_argument("--clip_steps", type=int, default=900, help="steps of 96 pictures (default 900)")
     pretrain.add_argument("--llama_steps", type=int, default=750, help="steps of 32 texts (default 750)")
     examples = doors.add_parser("examples", help="a few pictures")
     for door in (world, pretrain, examples):

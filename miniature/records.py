@@ -12,7 +12,7 @@ import pathlib
 import random
 
 from miniature import words
-from miniature.world import draw, make_scene
+from miniature.world import draw, make_scene, training_scene
 
 TURNS = 7  # questions per conversation: they share the cost of the system prompt and of the picture's tokens
 SHARES = {"conversation": 0.84, "description": 0.06, "reasoning": 0.06, "text": 0.03, "two pictures": 0.01}
@@ -52,7 +52,7 @@ def record(name, number, turns, images=None, **more):
 def caption_records(seed, count):
     """Stage 1: (records, scenes)."""
     rng = random.Random(f"pretrain {seed}")
-    scenes = [make_scene(rng) for _ in range(count)]
+    scenes = [training_scene(rng) for _ in range(count)]
     return [record("pretrain", i, [(rng.choice(words.BRIEF_REQUESTS), words.caption(scene))], picture("pretrain", i))
             for i, scene in enumerate(scenes)], scenes
 
@@ -63,7 +63,7 @@ def finetune_records(seed, count):
     records, scenes = [], []
 
     def look():
-        scenes.append(make_scene(rng))
+        scenes.append(training_scene(rng))
         return scenes[-1], picture("finetune", len(scenes) - 1)
 
     for number, part in enumerate(rng.choices(list(SHARES), list(SHARES.values()), k=count)):
@@ -88,7 +88,7 @@ def text_turns(rng):
     """A conversation without a picture: common knowledge, or questions about a scene told in words."""
     if rng.random() < 0.5:
         return list(dict(words.general(rng) for _ in range(3)).items())
-    scene = make_scene(rng)
+    scene = training_scene(rng)
     turns = words.dialogue(scene, rng, TURNS)
     return [(f"{words.caption(scene)}.\n{turns[0][0]}", turns[0][1]), *turns[1:]]
 
@@ -99,7 +99,8 @@ def two_picture_turns(one, two, rng):
     turns = [("Which picture has more objects?", ("neither", "the first", "the second")[more])]
     for number, scene in (("first", one), ("second", two)):
         thing = rng.choice(scene.objects)
-        turns += [(f"What color is the object at the {thing.place} of the {number} picture?", thing.color),
+        kind = "color" if thing.color else "shape"
+        turns += [(f"What {kind} is the object at the {thing.place} of the {number} picture?", getattr(thing, kind)),
                   (f"How many objects are there in the {number} picture?", words.NUMBERS[len(scene.objects)])]
     return turns
 

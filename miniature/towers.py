@@ -8,8 +8,10 @@ combination.
 Legend: B pictures or texts of a batch, D width of the shared space, V vocabulary.
 """
 
+import concurrent.futures
 import functools
 import json
+import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -25,7 +27,7 @@ import data
 import weights
 from kernels.attention import Packing
 from miniature import records, words
-from miniature.world import SIDE, draw, make_scene, with_other_shapes, without_names
+from miniature.world import SIDE, draw, make_scene, training_scene, with_other_shapes, without_names
 from model import IGNORE_INDEX, LlamaConfig, LlamaModel, Llava, LlavaConfig
 from tokenizer import SPACE, Tokenizer
 from vision import ClipVision, ClipVisionConfig, ImageProcessor
@@ -34,16 +36,21 @@ VISION = ClipVisionConfig(hidden_size=96, intermediate_size=256, num_hidden_laye
                           image_size=SIDE, patch_size=12)
 LANGUAGE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=1024, rms_norm_eps=1e-5)
+READER = LANGUAGE | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2)  # of captions, for CLIP
 PIECES = 576  # of the tokenizer: 3 special, 256 bytes, the world's words
 
 
-def write_towers(folder, seed=0, clip_steps=650, llama_steps=750, say=print):
+def write_towers(folder, seed=0, clip_steps=900, llama_steps=750, say=print):
     """Train tokenizer, CLIP and LLaMA and write folder/vision and folder/llm."""
     folder = Path(folder)
     tokenizer = write_tokenizer(folder / "llm", seed)
     say(f"tokenizer: {len(tokenizer)} pieces")
-    write_clip(folder / "vision", tokenizer, seed, clip_steps, say)
-    write_llama(folder / "llm", tokenizer, seed, llama_steps, say)
+    threads = max(1, torch.get_num_threads() // 2)
+    spawn = multiprocessing.get_context("spawn")  # a forked child would wait for OpenMP threads that it does not have
+    with concurrent.futures.ProcessPoolExecutor(2, spawn, torch.set_num_threads, (threads,)) as processes:
+        for done in [processes.submit(write_clip, folder / "vision", tokenizer, seed, clip_steps, say),
+                     processes.submit(write_llama, folder / "llm", tokenizer, seed, llama_steps, say)]:
+            done.result()
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -84,15 +91,15 @@ def write_tokenizer(folder, seed):
 
 
 class Clip(nn.Module):
-    """Both halves of CLIP: the vision tower, a LLaMA of two layers that reads captions, and the space they share."""
+    """Both halves of CLIP: the vision tower, a small LLaMA that reads captions, and the space they share."""
 
     def __init__(self, vocabulary):
         super().__init__()
         self.vision = ClipVision(VISION)
         self.post_layernorm = nn.LayerNorm(VISION.hidden_size, VISION.layer_norm_eps)
-        self.text = LlamaModel(LlamaConfig(**LANGUAGE | {"num_hidden_layers": 2, "vocab_size": vocabulary}))
+        self.text = LlamaModel(LlamaConfig(**READER, vocab_size=vocabulary))
         self.visual_projection = nn.Linear(VISION.hidden_size, 64, bias=False)
-        self.text_projection = nn.Linear(LANGUAGE["hidden_size"], 64, bias=False)
+        self.text_projection = nn.Linear(READER["hidden_size"], 64, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(2.7))  # log of 1/0.07
 
     def forward(self, pixel_values, batch):
@@ -110,7 +117,7 @@ def write_clip(folder, tokenizer, seed, steps, say, batch=96):
 
     Half of each batch are the other half's scenes with other shapes, most of them in colours without a name, so that
     shape is learned, and learned apart from colour: without this the tower cannot tell the shape of a combination that
-    it has never seen.
+    it has never seen. No batch comes twice: seen two to four times, they taught less about such combinations.
     """
     torch.manual_seed(seed)
     rng, process, model = random.Random(f"clip {seed}"), ImageProcessor(SIDE), Clip(len(tokenizer))
@@ -122,8 +129,7 @@ def write_clip(folder, tokenizer, seed, steps, say, batch=96):
         captions = [text_example(tokenizer, "", words.glimpse(scene, rng)) for scene in scenes]
         return torch.cat([process(draw(scene)) for scene in scenes]), pack(captions)
 
-    drawn = [next_batch() for _ in range(-(-steps // 2))]  # each is seen twice: drawing takes as long as learning
-    fit(model, lambda step: model(*drawn[step % len(drawn)]), steps, 3e-3, 0.005, "clip", say)
+    fit(model, lambda step: model(*next_batch()), steps, 3e-3, 0.005, "clip", say)
     tensors = {**model.vision.state_dict(), **{f"vision_model.post_layernorm.{name}": tensor
                for name, tensor in model.post_layernorm.state_dict().items()}}
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,15 +170,17 @@ def write_llama(folder, tokenizer, seed, steps, say, batch=32):
 
 def notes(tokenizer, rng, count=14):
     """A list of things, then look-ups in few words: "color circle red", "place red circle top-left"."""
-    scene = make_scene(rng, count=rng.randint(2, 4))
+    scene = training_scene(rng, count=rng.randint(2, 4))
     ids = tokenizer.encode(listing(scene, rng))
     labels = [IGNORE_INDEX] * len(ids)
     for _ in range(count):
         thing = rng.choice(scene.objects)
         keys = {"place": thing.place, "color and shape": words.name(thing)}
-        keys |= {kind: getattr(thing, kind) for kind in ("color", "shape") if words.unique(scene, kind, thing)}
+        keys |= {kind: getattr(thing, kind) for kind in ("color", "shape")
+                 if getattr(thing, kind) and words.unique(scene, kind, thing)}
         known = rng.choice(list(keys))
-        wanted = rng.choice([kind for kind in ("color", "shape", "place", "size") if kind not in known])
+        wanted = rng.choice([kind for kind in ("color", "shape", "place", "size")
+                             if getattr(thing, kind) and kind not in known])
         asked, told = encode(tokenizer, f"{wanted} {keys[known]}"), encode(tokenizer, getattr(thing, wanted))
         ids += asked + told
         labels += [IGNORE_INDEX] * len(asked) + told
@@ -190,7 +198,7 @@ def text(tokenizer, rng):
 
     Mostly a conversation about the list; or the list retold as a caption or a description, or reasoned about.
     """
-    scene = make_scene(rng, count=rng.randint(1, 4))
+    scene = training_scene(rng, count=rng.randint(1, 4))
     seen, form = listing(scene, rng), rng.random()
     if form < 0.15:
         return text_example(tokenizer, seen, words.caption(scene) + "\n")
@@ -205,7 +213,7 @@ def text(tokenizer, rng):
 
 def listing(scene, rng):
     """The scene in bare words, things in any order: what a picture is to a reader who cannot see."""
-    return ", ".join(f"{thing.size} {thing.color} {thing.shape} {thing.place}"
+    return ", ".join(f"{thing.size} {words.name(thing)} {thing.place}"
                      for thing in rng.sample(scene.objects, len(scene.objects))) + "."
 
 

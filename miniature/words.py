@@ -15,8 +15,8 @@ BRIEF_REQUESTS = ("Describe the picture.", "What is in the picture?", "Give a ca
 
 
 def name(thing):
-    """"red circle"."""
-    return f"{thing.color} {thing.shape}"
+    """"red circle"; "circle" where the colour has no name."""
+    return f"{thing.color} {thing.shape}" if thing.color else thing.shape
 
 
 def a(words):
@@ -76,16 +76,17 @@ def unique(scene, attribute, thing):
 def color_questions(scene, things, rng):
     """What colour something has, named by its shape where that is unique, or by its place."""
     for thing in things:
-        yield f"What color is the object at the {thing.place}?", thing.color, thing.color
-        if unique(scene, "shape", thing):
-            yield f"What color is the {thing.shape}?", thing.color, thing.color
+        if thing.color:
+            yield f"What color is the object at the {thing.place}?", thing.color, thing.color
+            if unique(scene, "shape", thing):
+                yield f"What color is the {thing.shape}?", thing.color, thing.color
 
 
 def shape_questions(scene, things, rng):
     """What shape something has, named by its colour where that is unique, or by its place."""
     for thing in things:
         yield f"What shape is the object at the {thing.place}?", thing.shape, thing.shape
-        if unique(scene, "color", thing):
+        if thing.color and unique(scene, "color", thing):
             yield f"What shape is the {thing.color} object?", thing.shape, thing.shape
 
 
@@ -95,8 +96,9 @@ def count_questions(scene, things, rng):
     for thing in things:
         number = sum(other.shape == thing.shape for other in scene.objects)
         yield f"How many {plural(thing.shape)} are there?", NUMBERS[number], number
-        number = sum(other.color == thing.color for other in scene.objects)
-        yield f"How many {thing.color} objects are there?", NUMBERS[number], number
+        if thing.color:
+            number = sum(other.color == thing.color for other in scene.objects)
+            yield f"How many {thing.color} objects are there?", NUMBERS[number], number
 
 
 def position_questions(scene, things, rng):
@@ -120,7 +122,7 @@ def presence_questions(scene, things, rng):
         yield f"Is there {a(f'{color} {shape}')}?", "no", "no"
     if not strange:
         for attribute, values, form in (("color", COLORS, "{} object"), ("shape", SHAPES, "{}")):
-            here = {getattr(thing, attribute) for thing in scene.objects}
+            here = {getattr(thing, attribute) for thing in scene.objects} - {None}
             for answer, some in (("yes", sorted(here)), ("no", sorted(set(values) - here))):
                 if some:
                     yield f"Is there {a(form.format(rng.choice(some)))}?", answer, answer
@@ -180,9 +182,10 @@ def reasoning(scene, rng):
               f"There {'is' if left == 0 else 'are'} {objects(left + 1)}, so {NUMBERS[left]} "
               f"{'is' if left == 1 else 'are'} left.")]
     if left:
-        colors = list(dict.fromkeys(thing.color for thing in things))
-        found.append(("Do all objects have the same color?", f"Yes, they are all {colors[0]}." if len(colors) == 1
-                      else f"No, the colors are {join(colors)}."))
+        colors = list(dict.fromkeys(filter(None, (thing.color for thing in things))))
+        if colors:
+            found.append(("Do all objects have the same color?", f"Yes, they are all {colors[0]}." if len(colors) == 1
+                          else f"No, the colors are {join(colors)}."))
         size = {thing.size for thing in things}
         found.append(("Would all objects fit into a small box?",
                       "Yes, because all objects are small." if size == {"small"} else

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 COLORS = {"red": (212, 32, 32), "orange": (240, 136, 20), "yellow": (242, 222, 40), "green": (34, 158, 52),
           "blue": (38, 70, 214), "purple": (140, 44, 170)}
 NAMELESS = ((60, 110), (160, 205), (248, 268), (310, 342))  # hues in degrees, far from every colour above
+NAMELESS_SHARE = 0.4  # of the training scenes
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 6.0, "big": 10.0}  # radius in pixels
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
@@ -34,7 +35,7 @@ class Object:
     """One thing in a picture; x, y, radius in pixels of a SIDE x SIDE picture, rgb 0..255."""
 
     size: str
-    color: str
+    color: str  # or None: it has no name
     shape: str
     place: str
     x: float
@@ -77,6 +78,16 @@ def make_scene(rng, withheld=False, count=None):
     wall, floor = ((grey + rng.randint(-10, 10), grey, grey + rng.randint(-10, 10))
                    for grey in (rng.randint(120, 175), rng.randint(85, 140)))
     return Scene(objects, wall, floor, horizon=rng.uniform(0.3, 1.0) * SIDE)
+
+
+def training_scene(rng, count=None):
+    """A scene to learn from: one of `make_scene`, or, two times in five, the same in colours without a name.
+
+    Where every purple thing is no circle, a learner soon knows a circle's absence by its colour. Things whose colour it
+    cannot name teach it to go by the outline.
+    """
+    scene = make_scene(rng, count=count)
+    return without_names(scene, rng) if rng.random() < NAMELESS_SHARE else scene
 
 
 def _make_object(rng, color, shape, cell):

@@ -1,0 +1,158 @@
+"""What a folder or file of weights is, before anything is loaded: `python weights.py inspect PATH`.
+
+Tables of contents and configs are read, no weights. The last lines say what is missing to run it, since the parts of a
+LLaVA are often published apart: an adapter without its model, a projector without its language model.
+"""
+
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from formats import gguf_llama, hub, layouts, templates
+from formats.checkpoint import open_checkpoint
+from formats.vocabulary import EMBEDDING
+from tokenizer import Tokenizer
+
+KINDS = {
+    "llama": "a language model", "gguf": "a language model in one file", "clip": "a vision tower",
+    "projector": "a projector", "lora": "a LoRA adapter", "delta": "differences to a LLaMA's weights",
+    "llava": "a LLaVA in the original's layout", "llava-hf": "a LLaVA in transformers' layout",
+    "llava_next": "a LLaVA 1.6 in transformers' layout",
+}
+PARTS = {"vision_tower": "vision_tower.", "mm_projector": ("mm_projector.", "image_newline"),
+         "language_model": "language_model.", "adapter": "adapter."}
+
+
+def inspect(path):
+    """-> dict for JSON: path, layout, parts, not_needed {what: tensors}, config, image_tokens (per picture), conv_mode
+    and why, missing (sentences), tensors {our name: shape, dtype, file}.
+
+    parts: {name: tensors, parameters, bytes, dtypes, shape (in words)}. What is not known without other files is None.
+    """
+    if Path(path).suffix == ".gguf":
+        return inspect_gguf(path)
+    checkpoint = open_checkpoint(path)
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    tokenizer = find_tokenizer(folder)
+    tensors = dict(checkpoint.tensors)
+    if checkpoint.adapter:
+        tensors |= {f"adapter.{name.removesuffix('.weight')}.{side}": tensor
+                    for name, pair in checkpoint.adapter.modules.items() for side, tensor in pair.items()}
+    config, vision = read_configs(checkpoint)
+    parts = {name: summary(found) | {"shape": in_words(name, found, config, vision, checkpoint.adapter)}
+             for name, prefixes in PARTS.items()
+             if (found := {key: value for key, value in tensors.items() if key.startswith(prefixes)})}
+    conv_mode, why = templates.choose_conv_mode(config, tokenizer) if config else (None, None)
+    return {"path": str(checkpoint.path), "layout": checkpoint.layout, "parts": parts,
+            "not_needed": Counter(checkpoint.unused),
+            "config": asdict(config) if config else {"vision": asdict(vision)} if vision else {},
+            "image_tokens": vision and (replace(config, vision=vision).image_tokens if config else vision.num_patches),
+            "conv_mode": conv_mode, "conv_mode_why": why, "missing": missing(checkpoint, tokenizer),
+            "tensors": {name: {"shape": [*tensor.shape], "dtype": word(tensor.dtype), "file": str(tensor.file)}
+                        for name, tensor in sorted(tensors.items())}}
+
+
+def inspect_gguf(path):
+    """The same for a GGUF file, whose dtypes are kinds of quantisation."""
+    file, values = gguf_llama.open_gguf(path)
+    sizes = [int(tensor.n_elements) for tensor in file.tensors]
+    config = {ours: values[theirs] for ours, theirs in gguf_llama.CONFIG.items() if theirs in values}
+    part = {"tensors": len(sizes), "parameters": sum(sizes), "bytes": sum(int(t.n_bytes) for t in file.tensors),
+            "dtypes": sorted({tensor.tensor_type.name for tensor in file.tensors}),
+            "shape": f"{config['num_hidden_layers']} layers of width {config['hidden_size']}"}
+    return {"path": str(path), "layout": "gguf", "parts": {"language_model": part}, "not_needed": {}, "config": config,
+            "image_tokens": None, "conv_mode": None, "conv_mode_why": None,
+            "missing": [f"another layout: python weights.py convert {path} OUT"],
+            "tensors": {t.name: {"shape": [int(size) for size in reversed(t.shape)], "dtype": t.tensor_type.name,
+                                 "file": str(path)} for t in file.tensors}}
+
+
+def read_configs(checkpoint):
+    """-> (LlavaConfig or None, ClipVisionConfig or None), the latter from the tensors where config.json is silent."""
+    tower, config, vision = checkpoint.part("vision_tower"), None, None
+    if checkpoint.config and checkpoint.layout == "clip":
+        return None, layouts.read_vision_config(checkpoint.config, checkpoint.path)
+    if checkpoint.config:
+        config = layouts.read_config(checkpoint.config, checkpoint.tensors, checkpoint.path)
+        vision = config.vision
+    if vision is None and tower:
+        vision = layouts.vision_config_of_shapes({name: tuple(tensor.shape) for name, tensor in tower.items()})
+    return config, vision
+
+
+def find_tokenizer(folder):
+    """The folder's Tokenizer, or None."""
+    names = ("tokenizer.json", "tokenizer.model")
+    return Tokenizer.from_folder(folder) if any((folder / name).exists() for name in names) else None
+
+
+def summary(tensors):
+    """How many and how large."""
+    return {"tensors": len(tensors), "parameters": sum(tensor.numel() for tensor in tensors.values()),
+            "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            "dtypes": sorted({word(tensor.dtype) for tensor in tensors.values()})}
+
+
+def in_words(part, tensors, config, vision, adapter):
+    """The shape of a part: its layers and widths."""
+    if part == "vision_tower":
+        return (f"{vision.num_hidden_layers} layers of width {vision.hidden_size}, pictures of {vision.image_size} "
+                f"pixels in patches of {vision.patch_size}")
+    if part == "mm_projector":
+        shapes = [tensor.shape for name, tensor in sorted(tensors.items()) if name.endswith("weight")]
+        return f"{layouts.projector_type(tensors)}, width {shapes[0][1]} to {shapes[-1][0]}"
+    if part == "adapter":
+        return f"rank {adapter.r}, alpha {adapter.lora_alpha}, on {len(adapter.modules)} matrices"
+    rows, width = tensors[EMBEDDING].shape if EMBEDDING in tensors else (0, 0)
+    if len(tensors) == 1 or config is None:
+        return f"{rows} rows of embeddings of width {width}"
+    text = config.text
+    return (f"{text.num_hidden_layers} layers of width {width}, {text.num_attention_heads} heads "
+            f"({text.num_key_value_heads} of keys and values), {rows} rows of vocabulary")
+
+
+def missing(checkpoint, tokenizer):
+    """What it takes to run this, a phrase each; an empty list if nothing."""
+    layout, config, path = checkpoint.layout, checkpoint.config, checkpoint.path
+    if layout == "delta":
+        return [f"its LLaMA: python weights.py delta apply --base LLAMA --delta {path} --target OUT"]
+    if layout == "clip":
+        return ["a language model and a projector; this folder goes with them as --vision_tower"]
+    lacks = []
+    if layout == "lora":
+        lacks.append(f"the model that it was trained on, {checkpoint.adapter.base}: --model_base")
+    elif layout == "projector":
+        lacks.append("its language model: --model_base")
+    elif tokenizer is None:
+        lacks.append("a tokenizer: tokenizer.json or tokenizer.model")
+    if layout in ("llava", "llava-hf", "llava_next") and not (
+            checkpoint.part("mm_projector") or config.get("mm_projector_type") == "identity"):
+        lacks.append("a projector: --pretrain_mm_mlp_adapter")
+    named = config.get("mm_vision_tower") or config.get("vision_tower")
+    if layout not in ("llama", "lora") and not checkpoint.part("vision_tower") and not (named and hub.here(named)):
+        fetched = ", which loading fetches from Hugging Face" if named and hub.parse(named)[0] else ""
+        lacks.append(f"its vision tower, {named}{fetched}" if named else "a vision tower: --vision_tower")
+    return lacks
+
+
+def word(dtype):
+    """torch.float16 -> 'float16'."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(report, every=False):
+    """inspect()'s report -> text; every: with a line for each tensor."""
+    lines = [f"{report['path']}: {KINDS[report['layout']]} ({report['layout']})"]
+    for name, part in report["parts"].items():
+        lines.append(f"  {name:15s} {part['tensors']:5d} tensors {part['parameters'] / 1e6:10,.2f} M parameters "
+                     f"{part['bytes'] / 1e6:10,.1f} MB  {', '.join(part['dtypes'])}; {part['shape']}")
+    for what, count in report["not_needed"].items():
+        lines.append(f"  {what:15s} {count:5d} tensors, not needed")
+    if every:
+        lines += [f"  {name}  {tuple(tensor['shape'])} {tensor['dtype']}" for name, tensor in report["tensors"].items()]
+    if report["image_tokens"]:
+        lines.append(f"  {report['image_tokens']} tokens per picture")
+    if report["conv_mode"]:
+        lines.append(f"  template {report['conv_mode']} ({report['conv_mode_why']})")
+    lines += [f"  missing to run it: {what}" for what in report["missing"]] or ["  nothing is missing to run it"]
+    return "\n".join(lines)
