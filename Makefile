@@ -28,7 +28,7 @@ demo: .venv/.run ## a LLaVA learns to see: draw a world, train both stages, answ
 	$(ASK) --image examples/scene.png --prompt "Where is the green circle?" --attention runs/attention.png
 	$(ASK) --image examples/unseen.png --prompt "What color is the circle?"
 
-towers: .venv/.run ## make the miniature's CLIP, LLaMA and tokenizer anew (3 to 4 minutes, 2 cores)
+towers: .venv/.run ## make the miniature's CLIP, LLaMA and tokenizer anew (3 minutes, 2 cores)
 	$(PY) -m miniature towers runs/towers
 
 demo-smollm: .venv/.smollm ## the same two stages with the real SmolLM2-135M as language model (15 minutes, 2 cores)

@@ -151,7 +151,7 @@ class Panel:
             for i in marks + [-1] * (curve.label is not None):
                 self.draw.circle((xs[i] * ENLARGED, ys[i] * ENLARGED), 7 * ENLARGED, curve.colour)
             for i in marks:
-                aside = 24 if ys[0] < ys[i] < BOTTOM - 36 else -22  # left of the dot, below a falling line if there is room
+                aside = 24 if ys[0] < ys[i] < BOTTOM - 36 else -22  # below a falling line with room for it
                 self.text(xs[i] - 12, ys[i] + aside, f"{curve.values[i]:.2f}", curve.colour, anchor="rm", bold=True)
         labelled.sort(key=lambda label: label[0])
         heights = [y for y, _ in labelled]
