@@ -23,7 +23,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
@@ -344,7 +343,7 @@ class Records:
                 if not self.skip:
                     path = every.datasets[bisect_right(every.cumulative_sizes, i)].path
                     raise ValueError(f"{path}: record {record['id']!r}: {error}") from None
-                self.note(f"left out, {_kind(error)}", record["id"])
+                self.note("left out, " + str(error).split(":")[0], record["id"])
         if not good:
             raise ValueError(f"{paths}: every record was left out; `python data.py check` lists the reasons")
         self.records = Subset(every, np.array(good))  # a sequence that reads and parses what is asked for
@@ -420,23 +419,12 @@ def check_record(learned, pictures, notes, image_folder):
             raise ValueError(f"missing picture: {path} does not exist; check --image_folder")
 
 
-def _kind(error):
-    """An error's sentence up to the colon: what sort of mistake it is."""
-    return str(error).split(":")[0]
-
-
 def progress(items, what):
-    """Pass the items on; on a terminal, after three seconds, say every second how far it is and how long it takes."""
-    begun = said = time.monotonic()
-    for done, item in enumerate(items):
-        now = time.monotonic()
-        if now - begun > 3 and now - said > 1 and sys.stderr.isatty():
-            said = now
-            left = (now - begun) / done * (len(items) - done)
-            print(f"\r{what}: {done:,} of {len(items):,}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+    """Pass the items on, and say on stderr how far it is."""
+    line = command.Progress(what, len(items), of_bytes=False)
+    for item in items:
         yield item
-    if said > begun:
-        print(file=sys.stderr)
+        line.advance(1)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -553,7 +541,7 @@ class Inspector:
                 record, self.tokenizer, self.conv_mode, config.mm_use_im_start_end, limit, self.strict)
             check_record(example.learned, example.pictures, example.notes, self.folder)
         except ValueError as error:
-            return name, _kind(error), [], 0, False, content
+            return name, str(error).split(":")[0], [], 0, False, content
         broken, odd = None, example.notes
         try:
             places = places_of(example, config, self.folder)

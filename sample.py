@@ -10,6 +10,7 @@ Legend: B requests, T rows of all prompts together, V vocabulary.
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -44,6 +45,12 @@ class Request:
     top_k: int | None = 50
     top_p: float | None = None
     seed: int = 0
+
+    def __post_init__(self):
+        top_k, top_p = self.top_k or 0, 1 if self.top_p is None else self.top_p
+        if not (0 <= self.temperature < math.inf and 0 < top_p <= 1 and top_k >= 0):
+            raise ValueError(f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}: expected a "
+                             "temperature and top_k from 0 on, top_p above 0 and at most 1")
 
 
 @dataclass

@@ -64,9 +64,12 @@ class Loaded:
 
 def pick_device(device="auto"):
     """'auto' -> CUDA, Apple's MPS or the CPU, the first there is."""
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(name for name in here if here[name]))
+    if not here.get(str(device).split(":")[0], str(device) == "meta"):
+        raise ValueError(f"--device {device} is not here; use auto or {', '.join(n for n in here if here[n])}")
+    return torch.device(device)
 
 
 def pick_dtype(dtype, device):
@@ -268,7 +271,7 @@ def fit_vocabulary(tensors, config, given, language, projector, pad_token=None, 
     projector: the Checkpoint it comes from, or None. -> (Tokenizer or None, the ids that no answer may hold)
     """
     text, where = config.text, language.path
-    tokenizer = find_tokenizer(where)
+    tokenizer = inspection.find_tokenizer(where)
     if tokenizer is None:
         return None, []
     if tokenizer.eos_token_id and (text.bos_token_id, text.eos_token_id) == (0, 1):  # stale ones of LLaVA 0.x
@@ -276,7 +279,7 @@ def fit_vocabulary(tensors, config, given, language, projector, pad_token=None, 
     rows = text.vocab_size
     tokens = vocabulary.missing_tokens(tokenizer, given.config, config.mm_use_im_start_end, rows, pad_token, im_patch)
     if tokens:
-        tokenizer = find_tokenizer(where, tokens)
+        tokenizer = inspection.find_tokenizer(where, tokens)
     if tokens and len(tokenizer) > rows:
         trained = projector and projector.layout == "projector" and projector.tensors.get(EMBEDDING)
         vocabulary.add_rows(tensors, tokens, trained or None, len(tokenizer), where)
@@ -323,7 +326,7 @@ def fill(model, tensors, dtype, device, where):
         *((f"{found}, expected {wanted}", names) for (found, wanted), names in sorted(shapes.items()))) if names]
     if complaints:
         raise ValueError(f"{where}: config.json and weights do not agree: {'; '.join(complaints)}")
-    with ThreadPoolExecutor(4) as threads:  # some wait for pages of the file while others cast
+    with ThreadPoolExecutor(4) as threads:  # some wait for the disk while others cast
         filled = threads.map(lambda name: nn.Parameter(tensors[name].to(dtype).read().to(device)), parameters)
         for name, parameter in zip(parameters, filled):
             module, _, leaf = name.rpartition(".")
@@ -331,12 +334,6 @@ def fill(model, tensors, dtype, device, where):
     if model.config.text.tie_word_embeddings:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-
-
-def find_tokenizer(folder, extra_tokens=()):
-    """The folder's Tokenizer with extra_tokens added to it, None if it has no tokenizer files at all."""
-    names = ("tokenizer.json", "tokenizer.model")
-    return Tokenizer.from_folder(folder, extra_tokens) if any((folder / name).exists() for name in names) else None
 
 
 def find_image_processor(folder, config):

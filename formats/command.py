@@ -80,7 +80,7 @@ def run(main):
     """Call main(); a user's mistake becomes one line on stderr and exit status 2 (with --debug: its traceback)."""
     try:
         sys.exit(main())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output went away (`… | head`): not a mistake
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
@@ -113,11 +113,11 @@ def file_size(text):
 class Progress:
     """A line on stderr about work that takes more than a second: `writing: 45 % of 13.48 GB, 310 MB/s, 0:24 left`.
 
-    total: bytes. On a terminal the line is renewed in place, in a log another comes every ten seconds.
+    total: bytes or other things. On a terminal the line is renewed in place, in a log another comes every ten seconds.
     """
 
-    def __init__(self, label, total):
-        self.label, self.total, self.done, self.terminal = label, total, 0, sys.stderr.isatty()
+    def __init__(self, label, total, of_bytes=True):
+        self.of_bytes, self.label, self.total, self.done, self.terminal = of_bytes, label, total, 0, sys.stderr.isatty()
         self.began = self.said = time.monotonic()
 
     def advance(self, size):
@@ -128,5 +128,6 @@ class Progress:
             return
         self.said, rate = now, self.done / (now - self.began)
         left = round((self.total - self.done) / rate)
-        say(f"{self.label}: {100 * self.done / self.total:.0f} % of {self.total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, "
-            f"{left // 60}:{left % 60:02d} left", end="   \r" if self.terminal and not last else "\n")
+        total = f"{self.total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s" if self.of_bytes else f"{self.total:,}"
+        say(f"{self.label}: {100 * self.done / self.total:.0f} % of {total}, {left // 60}:{left % 60:02d} left",
+            end="   \r" if self.terminal and not last else "\n")

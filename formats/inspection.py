@@ -48,7 +48,7 @@ def inspect(path):
             "config": asdict(config) if config else {"vision": asdict(vision)} if vision else {},
             "image_tokens": vision and (replace(config, vision=vision).image_tokens if config else vision.num_patches),
             "conv_mode": conv_mode, "conv_mode_why": why, "missing": missing(checkpoint, tokenizer),
-            "tensors": {name: {"shape": [*tensor.shape], "dtype": word(tensor.dtype), "file": str(tensor.file)}
+            "tensors": {name: {"shape": [*tensor.shape], "dtype": str(tensor.dtype)[6:], "file": str(tensor.file)}
                         for name, tensor in sorted(tensors.items())}}
 
 
@@ -80,17 +80,17 @@ def read_configs(checkpoint):
     return config, vision
 
 
-def find_tokenizer(folder):
-    """The folder's Tokenizer, or None."""
+def find_tokenizer(folder, extra_tokens=()):
+    """The folder's Tokenizer with extra_tokens added to it, None if it has no tokenizer files at all."""
     names = ("tokenizer.json", "tokenizer.model")
-    return Tokenizer.from_folder(folder) if any((folder / name).exists() for name in names) else None
+    return Tokenizer.from_folder(folder, extra_tokens) if any((folder / name).exists() for name in names) else None
 
 
 def summary(tensors):
     """How many and how large."""
     return {"tensors": len(tensors), "parameters": sum(tensor.numel() for tensor in tensors.values()),
             "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-            "dtypes": sorted({word(tensor.dtype) for tensor in tensors.values()})}
+            "dtypes": sorted({str(tensor.dtype)[6:] for tensor in tensors.values()})}
 
 
 def in_words(part, tensors, config, vision, adapter):
@@ -135,11 +135,6 @@ def missing(checkpoint, tokenizer):
     return lacks
 
 
-def word(dtype):
-    """torch.float16 -> 'float16'."""
-    return str(dtype).removeprefix("torch.")
-
-
 def describe(report, every=False):
     """inspect()'s report -> text; every: with a line for each tensor."""
     lines = [f"{report['path']}: {KINDS[report['layout']]} ({report['layout']})"]
@@ -154,5 +149,5 @@ def describe(report, every=False):
         lines.append(f"  {report['image_tokens']} tokens per picture")
     if report["conv_mode"]:
         lines.append(f"  template {report['conv_mode']} ({report['conv_mode_why']})")
-    lines += [f"  missing to run it: {what}" for what in report["missing"]] or ["  nothing is missing to run it"]
+    lines += [f"  missing to run it: {what}" for what in report["missing"]] or ["  no part is missing to run it"]
     return "\n".join(lines)

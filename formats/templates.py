@@ -126,7 +126,7 @@ class Rendered:
 
 def canonical(name):
     """The template's own name; ValueError if there is none of this name."""
-    name = ALIASES.get(name, name)
+    name = ALIASES.get(str(name), str(name))
     if name not in TEMPLATES and name != CHAT:
         known = ", ".join([*TEMPLATES, *ALIASES, CHAT])
         raise ValueError(f"conversation template {name!r} is not known here; use one of {known}")

@@ -15,7 +15,7 @@ import data
 import sample
 from model import IMAGE_TOKEN_INDEX, Llava
 from sample import Request, generate
-from weights import load, save
+from weights import load, pick_device, save
 
 
 @pytest.fixture(scope="module")
@@ -328,3 +328,14 @@ def test_a_chat_remembers_what_was_said(folder, scenes, capsys, monkeypatch):
 def test_a_chat_ends_with_its_input(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     say(folder)
+
+
+@pytest.mark.parametrize("odd", [{"temperature": float("nan")}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -3}])
+def test_numbers_that_cannot_draw_are_refused(odd):
+    with pytest.raises(ValueError, match=f"{next(iter(odd))} {next(iter(odd.values()))}"):
+        sample.Request([("human", "a")], **odd)
+
+
+def test_a_device_that_is_not_here_is_refused():
+    with pytest.raises(ValueError, match="--device tpu is not here; use auto or .*cpu"):
+        pick_device("tpu")

@@ -18,6 +18,7 @@ import pickle
 import random
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import torch
@@ -37,9 +38,8 @@ FREE = {
     "save_projector_only", "max_shard_size", "skip_nonfinite", "gradient_accumulation_steps", "gradient_checkpointing",
     "dataloader_num_workers", "logging_steps", "log_samples", "report_to", "run_name", "debug", "cache_dir",
     "stage", "recipe", "model", "conv_mode", "deepspeed", "fsdp", "keep_gathered", "offload", "evaluation_strategy",
-    "plan", "gpus", "plan_tokens",
-    *(f"eval_{name}" for name in ("data_path", "steps", "generate", "pictures")), "per_device_eval_batch_size",
-}
+    "plan", "gpus", "plan_tokens", "per_device_eval_batch_size", "eval_data_path", "eval_steps", "eval_generate",
+    "eval_pictures"}
 NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
@@ -234,6 +234,7 @@ def save(folder, tensors, state, own_random):
     folder = Path(folder)
     temporary, randoms = folder.with_name(folder.name + ".tmp"), [None] * dist.get_world_size()
     dist.all_gather_object(randoms, own_random)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C twice must not cost what the first one saves
     try:
         on_first_rank(make_room, temporary, size_of(tensors))
         planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -242,6 +243,8 @@ def save(folder, tensors, state, own_random):
     except (CheckpointException, OnAllRanks) as error:
         on_first_rank(shutil.rmtree, temporary, True)
         raise OnAllRanks(f"{folder} could not be written: {causes(error)}") from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def causes(error):

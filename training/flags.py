@@ -4,6 +4,7 @@ Each row: name, type (or the values that there are), default, help. `--stage`, `
 (training/recipes.py); what is given on the command line wins.
 """
 
+import math
 import os
 import shlex
 
@@ -36,7 +37,7 @@ FLAGS = {
         ("mm_projector_type", str, None, "linear, mlp2x_gelu or identity; None: what the model or the file has"),
         ("pretrain_mm_mlp_adapter", str, None, "stage 1's mm_projector.bin, a .safetensors, or the folder of either"),
         ("mm_vision_select_layer", int, None, "the tower's hidden state that is used; None: the model's, else -2"),
-        ("mm_vision_select_feature", str, None, "patch, or cls_patch to keep the class token"),
+        ("mm_vision_select_feature", ("patch", "cls_patch"), None, "patch, or cls_patch to keep the class token"),
         ("mm_use_im_start_end", bool, None, "wrap pictures in <im_start> and <im_end>; None: as the model does"),
         ("mm_use_im_patch_token", bool, OFF, "add LLaVA 0.x's token <im_patch>, which no text holds any more"),
         ("mm_patch_merge_type", str, None, "how anyres joins tiles: flat, spatial, spatial_unpad (its default)"),
@@ -189,6 +190,11 @@ def check(args):
     for name in ("model_name_or_path",) if args.plan else ("model_name_or_path", "data_path", "output_dir"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing; python train.py --help shows what it means")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not 0 <= value < math.inf:
+            raise ValueError(f"--{name} is {value}; expected a number from 0 on")
+    if args.max_steps == 0 or args.max_steps < 0 and args.num_train_epochs == 0:
+        raise ValueError("nothing to do with --max_steps 0, or --num_train_epochs 0; give one that is more")
     args.dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     if args.image_aspect_ratio == "anyres" and args.mm_patch_merge_type is None:
         args.mm_patch_merge_type = "spatial_unpad"  # as in LLaVA 1.6
