@@ -221,7 +221,7 @@ FLAGS = {
     "unknown stage": ({"stage": "both"}, ["--stage", "'both'", "pretrain"]),
     "unknown recipe": ({"recipe": "fast", "stage": "pretrain"}, ["--recipe", "'fast'", "v1.5"]),
     "unknown template": ({"version": "v9"}, ["'v9'", "v1"]),
-    "no number": ({"learning_rate": "nan"}, ["--learning_rate is nan", "from 0 on"]),
+    "not a number": ({"learning_rate": "nan"}, ["--learning_rate is nan", "from 0 on"]),
     "a negative rate": ({"learning_rate": -1}, ["--learning_rate is -1.0"]),
     "no steps": ({"max_steps": 0}, ["nothing to do", "--max_steps 0"]),
     "unknown feature": ({"mm_vision_select_feature": "foo"}, ["'foo'", "cls_patch"]),
