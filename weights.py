@@ -545,21 +545,21 @@ def main():
     """The command line at the head of this file."""
     parser = command.Parser(prog="python weights.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    inspecting = commands.add_parser("inspect", help="say what a folder or file holds, and what is missing to run it")
-    inspecting.add_argument("path")
+    inspecting = commands.add_parser("inspect", help="say what a folder or file holds and what it lacks to run")
+    inspecting.add_argument("path", help="a folder, a weight file, a GGUF, or a Hugging Face id")
     inspecting.add_switch("--tensors", help="list every tensor")
     inspecting.add_switch("--json", help="all of it as one JSON object")
     converting = commands.add_parser("convert", help="write a folder, or a GGUF LLaMA, in another layout")
-    converting.add_argument("source")
-    converting.add_argument("out")
-    converting.add_argument("--to", default="auto", choices=("auto", "llava-hf", "llava"))
+    converting.add_argument("source", help="a folder, a Hugging Face id, or a GGUF LLaMA")
+    converting.add_argument("out", help="the folder to write; nothing of it is there before all is")
+    converting.add_argument("--to", default="auto", choices=("auto", "llava-hf", "llava"), help="layout")
     differing = commands.add_parser("delta", help="apply a delta to its LLaMA, or make one")
-    differing.add_argument("what", choices=("apply", "make"))
+    differing.add_argument("what", choices=("apply", "make"), help="apply: base + delta = target")
     for name in ("base", "delta", "target"):  # the longer names are the original's
         path = "path" if name == "delta" else "model_path"
         differing.add_argument(f"--{name}", f"--{name}_{path}", required=True, metavar="FOLDER")
     extracting = commands.add_parser("extract", help="take the projector out of a whole model")
-    extracting.add_argument("source")
+    extracting.add_argument("source", help="a folder in any layout")
     extracting.add_argument("out", help="a .bin or .safetensors file, or a folder")
     for writing in (converting, differing):
         writing.add_argument("--max_shard_size", type=command.file_size, default="5GB", help="like 5GB or 200MB")
