@@ -23,13 +23,14 @@ import struct
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, processors
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 IMAGE_TAG = "<image>"  # marks a picture's place in a text
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
          "chat_template.jinja")
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")  # stands for one byte of UTF-8
 PAD = "[PAD]"  # the padding token of LLaVA's first models
 MANNERS = {"content": "", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's kinds of pieces
@@ -42,25 +43,25 @@ class Tokenizer:
 
     bos_token_id, eos_token_id, unk_token_id, pad_token_id, …: int, or None where the folder names no such token;
     special_tokens: {"bos_token": "<s>", …}; special_ids: what decode() leaves out; adds_bos: whether encode() puts a
-    BOS in front; legacy: see the head of this file; chat_template: Jinja text or None.
-    """
+    BOS in front; legacy: see the head of this file; chat_template: Jinja text or None."""
 
-    def __init__(self, spec, config, files, rewrite):
+    def __init__(self, spec, config, files):
         """Made by `from_folder`, which then adds tokens. spec: tokenizer.json with every added token; config:
-        tokenizer_config.json, whose added_tokens_decoder lists the tokens that split a text; files: {name: bytes} as
-        read; rewrite: whether spec and config hold more than they do."""
-        self.spec, self.config, self.files, self.rewrite = spec, config, files, rewrite
+        tokenizer_config.json, whose added_tokens_decoder lists the tokens that split a text; files: {name: bytes}."""
+        self.spec, self.config, self.files = spec, config, files
+        self.rewrite = "tokenizer.json" not in files  # or once spec and config hold more than the files
 
     @classmethod
     def from_folder(cls, folder, extra_tokens=()):
-        """Read a folder's tokenizer files; extra_tokens are added, see `add_tokens`.
-
-        ValueError names the file that is missing, broken, of a kind not known here, or contradicts another.
-        """
+        """Read a folder's tokenizer files; extra_tokens are added, see `add_tokens`. ValueError names the file that is
+        missing, broken, of a kind not known here, or contradicts another."""
         folder = Path(folder)
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         read = {name: _read_json(folder / name, data) for name, data in files.items() if name.endswith(".json")}
-        config = _read_config(read)
+        config, names = ({key: value for key, value in read.get(name, {}).items() if value is not None}
+                         for name in ("tokenizer_config.json", "special_tokens_map.json"))
+        if "added_tokens_decoder" not in config:  # which since transformers 4.34 lists the added tokens, too
+            config |= names
         if "tokenizer.json" in files:
             spec = {"added_tokens": []} | read["tokenizer.json"]
             if "model" not in spec:
@@ -75,43 +76,45 @@ class Tokenizer:
             usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
             config = {name: token for name, token in usual.items() if token in _vocabulary(spec)} | config
         _gather_tokens(spec, config, read, files, folder)
-        tokenizer = cls(spec, config, files, rewrite="tokenizer.json" not in files)
+        tokenizer = cls(spec, config, files)
         tokenizer.add_tokens([*_named(config), *extra_tokens])
         return tokenizer
 
-    def add_tokens(self, tokens, special=True):
-        """Give tokens that the tokenizer does not have the next ids, in this order -> how many those are.
-
-        So `<im_patch>`, `<im_start>` and `<im_end>` get the original's ids (LLAVA.md 1.4). `[PAD]` becomes the padding
-        token of a tokenizer that has none. special: decode() leaves them out.
-        """
+    def add_tokens(self, tokens):
+        """Give tokens that the tokenizer does not have the next ids, in this order -> how many those are. So
+        `<im_patch>`, `<im_start>` and `<im_end>` get the original's ids (LLAVA.md 1.4). `[PAD]` becomes the padding
+        token of a tokenizer that has none."""
         spec, config = self.spec, self.config
         if PAD in tokens:
             config.setdefault("pad_token", PAD)
-        ids, named = _token_ids(spec), _named(config)
+        added = {token["id"]: token for token in spec["added_tokens"]}
+        ids = _vocabulary(spec) | {token["content"]: i for i, token in added.items()}
         splitting = {token["content"] for token in config["added_tokens_decoder"].values()}
-        added, before = {token["id"]: token for token in spec["added_tokens"]}, len(ids)
+        before, named = len(ids), _named(config)
         for content in dict.fromkeys(tokens):
             if content not in splitting:
-                token, token_id = MANNERS | {"content": content, "special": special}, ids.setdefault(content, len(ids))
+                token, token_id = MANNERS | {"content": content, "special": True}, ids.setdefault(content, len(ids))
                 config["added_tokens_decoder"][str(token_id)] = token
                 added[token_id] = {"id": token_id} | token
-                if special and content not in named:
+                if content not in named:
                     config["additional_special_tokens"] = [*config.get("additional_special_tokens", []), content]
         spec["added_tokens"] = [added[i] for i in sorted(added)]
         self.rewrite |= len(ids) > before
+        self._ids, self._size = ids, len(ids)
         self._build()
-        return len(ids) - before
+        return self._size - before
 
     def _build(self):
-        """Set everything that follows from spec and config."""
+        """Set everything else that follows from spec and config."""
         spec, config = self.spec, self.config
         self.legacy = config.get("legacy") in (None, True)
-        self.chat_template = _chat_template(config, self.files)
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several, with names
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        own = self.files.get("chat_template.jinja")
+        self.chat_template = template if own is None else own.decode()
         self.special_tokens = {name: _content(config[name]) for name in NAMES if config.get(name)}
         self._named = {*_named(config)}
-        self._ids = _token_ids(spec)
-        self._size = len(self._ids)
         self.special_ids = {token["id"] for token in spec["added_tokens"]
                             if token["special"] or token["content"] in self._named}
         self._ids.pop(IMAGE_TAG, None)  # llava-hf has a token for a picture's place; to LLaVA it is a mark or mere text
@@ -119,7 +122,8 @@ class Tokenizer:
         self._is_llama = prefix is not None
         if self._is_llama:
             self._prefix = prefix if self.legacy else ""
-            self._bytes = {i: _as_bytes(token) for token, i in self._ids.items()}
+            self._bytes = {i: bytes.fromhex(token[3:5]) if BYTE_PIECE.fullmatch(token) else
+                           token.replace(SPACE, " ").encode() for token, i in self._ids.items()}
             self._manners = {token["content"]: token for token in config["added_tokens_decoder"].values()}
             kept = [token for token in spec["added_tokens"] if token["content"] not in self._manners]
             marks = sorted(self._manners.keys() - {IMAGE_TAG}, key=len, reverse=True)
@@ -140,9 +144,12 @@ class Tokenizer:
         """{name: bytes} of a folder that is read back as this tokenizer, here and by transformers' AutoTokenizer."""
         if not self.rewrite:
             return dict(self.files)
-        bos = _bos_in_front(self.special_tokens["bos_token"], self.bos_token_id) if self.adds_bos else None
+        step, bos, bos_id = self.spec.get("post_processor"), self.special_tokens.get("bos_token"), self.bos_token_id
+        if self.adds_bos and not step:  # the library's step that puts it in front, as tokenizer.json has it
+            step = processors.TemplateProcessing([bos, "$A"], [bos, "$A", f"{bos}:1", "$B:1"], [(bos, bos_id)])
+            step = json.loads(step.__getstate__())
         written = {
-            "tokenizer.json": self.spec | {"post_processor": self.spec.get("post_processor") or bos},
+            "tokenizer.json": self.spec | {"post_processor": step},
             "tokenizer_config.json": self.config,
             "special_tokens_map.json": {key: self.config[key] for key in (*NAMES, "additional_special_tokens")
                                         if self.config.get(key)},
@@ -164,11 +171,9 @@ class Tokenizer:
         return self.encode_with_spans(text, bos)[0]
 
     def encode_with_spans(self, text, bos=True):
-        """Text -> (ids, spans), spans[i] = (start, end) of token i in the text.
-
-        The BOS and a dummy prefix that is a token by itself have an empty span; the bytes that spell one character all
-        have that character's. ValueError for half a surrogate pair, which is no character.
-        """
+        """Text -> (ids, spans), spans[i] = (start, end) of token i in the text. The BOS and a dummy prefix that is a
+        token by itself have an empty span; the bytes that spell one character all have that character's. ValueError for
+        half a surrogate pair, which is no character."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -212,11 +217,9 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of ids that arrive one at a time: push() returns what is new and complete, never half a character.
-
-    Each step decodes only a few ids: those of the last piece of text given out, as context (a leading space is dropped
-    only at the very beginning), and those behind it.
-    """
+    """Text of ids that arrive one at a time: push() returns what is new and complete, never half a character. Each step
+    decodes only a few ids: those of the last piece of text given out, as context (a leading space is dropped only at
+    the very beginning), and those behind it."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.context, self.fresh = tokenizer, [], []
@@ -242,25 +245,12 @@ class TextStream:
 def _read_json(path, data):
     """The JSON object in a file; ValueError names the file."""
     try:
-        return json.loads(data)
+        values = json.loads(data)
+        if not isinstance(values, dict):
+            raise ValueError(f"an object, not {str(values)[:40]}")
+        return values
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON ({error})") from None
-
-
-def _read_config(read):
-    """tokenizer_config.json; unless it lists the added tokens, too (since transformers 4.34), the names of
-    special_tokens_map.json go first."""
-    config, names = ({key: value for key, value in read.get(name, {}).items() if value is not None}
-                     for name in ("tokenizer_config.json", "special_tokens_map.json"))
-    return config if "added_tokens_decoder" in config else config | names
-
-
-def _chat_template(config, files):
-    """Jinja text, from its own file or from the config, which may hold several with names; or None."""
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
-    template = config.get("chat_template")
-    return {t["name"]: t["template"] for t in template}.get("default") if isinstance(template, list) else template
 
 
 def _content(token):
@@ -279,8 +269,7 @@ def _gather_tokens(spec, config, read, files, folder):
     """Make spec["added_tokens"] the list of all tokens beside the pieces, config["added_tokens_decoder"] that of the
     tokens that split a text, as transformers 4.37 finds them: what the config lists, or else what the others list."""
     vocabulary, own, given = _vocabulary(spec), spec["added_tokens"], config.get("added_tokens_decoder")
-    listed = read.get("added_tokens.json", {}).items()
-    listed = [{"id": i, "content": content, "special": True} for content, i in listed]
+    listed = [{"id": i, "content": text, "special": True} for text, i in read.get("added_tokens.json", {}).items()]
     decoder = [token | {"id": int(i)} for i, token in (given or {}).items()]
     sources = {"tokenizer.json": own, "added_tokens.json": listed, "tokenizer_config.json": decoder}
     if _llama_prefix(spec) is not None and {"tokenizer.json", "tokenizer.model"} <= files.keys():
@@ -315,18 +304,10 @@ def _check_ids(vocabulary, sources, folder):
         raise ValueError(f"{folder}: no token has id {hole}, but one has {max(contents)}; expected ids without a gap")
 
 
-# --------------------------------------------------------------------------------------------------- tokenizer.json
-
-
 def _vocabulary(spec):
     """{piece: id} of tokenizer.json's model (Unigram lists [piece, score] pairs instead)."""
     vocabulary = spec["model"].get("vocab", {})
     return vocabulary if isinstance(vocabulary, dict) else {piece: i for i, (piece, _) in enumerate(vocabulary)}
-
-
-def _token_ids(spec):
-    """{token: id} of pieces and added tokens."""
-    return _vocabulary(spec) | {token["content"]: token["id"] for token in spec["added_tokens"]}
 
 
 def _llama_prefix(spec):
@@ -335,20 +316,6 @@ def _llama_prefix(spec):
     if spec["model"].get("type") != "BPE" or SPACE not in steps:
         return None
     return SPACE if re.search(f'"prepend": "{SPACE}"|"prepend_scheme": "(first|always)"', steps) else ""
-
-
-def _bos_in_front(token, token_id):
-    """The library's step that puts a BOS in front of a text."""
-    one, two = ([{"SpecialToken": {"id": token, "type_id": i}}, {"Sequence": {"id": "AB"[i], "type_id": i}}]
-                for i in range(2))
-    return {"type": "TemplateProcessing", "single": one, "pair": one + two,
-            "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}}}
-
-
-def _as_bytes(token):
-    """A token's text in UTF-8, or the byte that it stands for."""
-    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
-    return bytes.fromhex(byte[1]) if byte else token.replace(SPACE, " ").encode()
 
 
 # --------------------------------------------------------------------------------------------------- tokenizer.model
@@ -361,8 +328,7 @@ def read_sentencepiece(data, path):
     score, the leftmost of equals, and so on. The library has a list of pairs instead and joins what is listed first; so
     each way to cut a piece in two is listed, by score. Equal scores occur among Meta's pieces of nothing but spaces:
     there, the leftmost pair is the one with the longest left part. (Digits stay single because no piece has two.)
-    ValueError, naming path, for a broken file and for what LLaMA's tokenizers do not do.
-    """
+    ValueError, naming path, for a broken file and for what LLaMA's tokenizers do not do."""
     pieces, trainer, normalizer = _parse_sentencepiece(data, path)
     vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
     kinds = [kind for _, _, kind in pieces]
@@ -399,10 +365,9 @@ def read_sentencepiece(data, path):
 def _parse_sentencepiece(data, path):
     """-> ([(piece, score, kind)], trainer's and normalizer's settings by field number); ValueError if it is broken.
 
-    sentencepiece_model.proto: a model has fields 1 = a piece (1 text, 2 score, 3 kind), often, 2 = trainer_spec
-    (3 model_type, 24 treat_whitespace_as_suffix, 35 byte_fallback), 3 = normalizer_spec (1 name, 2
-    precompiled_charsmap, 3 add_dummy_prefix, 4 remove_extra_whitespaces, 5 escape_whitespaces).
-    """
+    sentencepiece_model.proto: a model has fields 1 = a piece (1 text, 2 score, 3 kind), often, 2 = trainer_spec (3
+    model_type, 24 treat_whitespace_as_suffix, 35 byte_fallback), 3 = normalizer_spec (1 name, 2 precompiled_charsmap, 3
+    add_dummy_prefix, 4 remove_extra_whitespaces, 5 escape_whitespaces)."""
     try:
         model = _fields(data)
         pieces = [dict(_fields(value)) for number, value in model if number == 1]
@@ -417,11 +382,9 @@ def _parse_sentencepiece(data, path):
 
 
 def _fields(data):
-    """A message of protocol buffers -> [(field number, value)]: an int, or bytes.
-
-    It is a row of fields, each a key (8 * number + kind) and a value: kind 0 is an int, 1 eight bytes, 5 four bytes, 2
-    a length and as many bytes. Keys, ints and lengths have seven bits per byte, lowest first; 128 says that more come.
-    """
+    """A message of protocol buffers -> [(field number, value)]: an int, or bytes. It is a row of fields, each a key (8
+    * number + kind) and a value: kind 0 is an int, 1 eight bytes, 5 four bytes, 2 a length and as many bytes. Keys,
+    ints and lengths have seven bits per byte, lowest first; 128 says that more come."""
     stream, fields = io.BytesIO(data), []
 
     def number():
@@ -430,10 +393,8 @@ def _fields(data):
 
     while stream.tell() < len(data):
         field, kind = divmod(number(), 8)
-        if kind == 0:
-            value = number()
-        else:
-            size = number() if kind == 2 else {1: 8, 5: 4}[kind]
+        value = size = number() if kind in (0, 2) else {1: 8, 5: 4}[kind]
+        if kind != 0:
             value = stream.read(size)
             if len(value) < size:
                 raise ValueError("cut off")

@@ -196,19 +196,16 @@ def join_tiles(tiles, grid):
 
 
 def unpad(patches, size, rounded=True):
-    """Cut off, of the (rows, columns) patches of a canvas, those that lie around a picture of `size`.
-
-    The two sides are always cut alike, so that a row of padding may stay. The original takes the whole part of a
-    quotient that floating point may put just below a whole number; llava-hf rounds it first (`rounded`). (LLAVA.md 3.4)
-    """
-    (height, width), (rows, columns), y, x = size, patches.shape, 0, 0
+    """Cut off, of the (rows, columns) patches of a canvas, those that lie around a picture of `size`. The two sides are
+    always cut alike, so that a row of padding may stay. The original takes the whole part of a quotient that floating
+    point may put just below a whole number; llava-hf rounds it first (`rounded`). (LLAVA.md 3.4)"""
+    (height, width), (rows, columns) = size, patches.shape
+    whole = (lambda quotient: int(round(quotient, 7))) if rounded else int
     if width / height > columns / rows:
-        used = height * (columns / width)
-        y = (rows - int(round(used, 7) if rounded else used)) // 2
-    else:
-        used = width * (rows / height)
-        x = (columns - int(round(used, 7) if rounded else used)) // 2
-    return patches[y: rows - y, x: columns - x]
+        y = (rows - whole(height * (columns / width))) // 2
+        return patches[y: rows - y]
+    x = (columns - whole(width * (rows / height))) // 2
+    return patches[:, x: columns - x]
 
 
 def reading_order(size, grid, tokens, merge, rounded=True):
@@ -216,8 +213,7 @@ def reading_order(size, grid, tokens, merge, rounded=True):
 
     Features are counted through its views, `tokens` each: the squashed whole, then a grid (rows, columns) of tiles.
     `flat` reads view by view. `spatial` reads the whole, then all tiles as one large picture, line by line across them;
-    `spatial_unpad` leaves the padding out and ends each line with NEWLINE (LLaVA 1.6; LLAVA.md 3.4).
-    """
+    `spatial_unpad` leaves the padding out and ends each line with NEWLINE (LLaVA 1.6; LLAVA.md 3.4)."""
     order = torch.arange((1 + math.prod(grid)) * tokens)
     if merge == "flat" or len(order) == tokens:
         return order
@@ -227,8 +223,11 @@ def reading_order(size, grid, tokens, merge, rounded=True):
     return torch.cat([whole, tiles.flatten()])
 
 
-def check_merge(merge, feature):
-    """ValueError for an mm_patch_merge_type that is not known or cannot be had with this mm_vision_select_feature."""
+def check_views(aspect, merge="flat", feature="patch"):
+    """ValueError for an image_aspect_ratio or an mm_patch_merge_type that is not known, or that cannot be had with this
+    mm_vision_select_feature."""
+    if aspect not in ("anyres", "pad", "square", None):
+        raise ValueError(f"image_aspect_ratio {aspect!r} is not known; use anyres, pad or square")
     if merge not in MERGES:
         raise ValueError(f"mm_patch_merge_type {merge!r} is not known; use {', '.join(MERGES)}")
     if merge != "flat" and feature != "patch":
@@ -240,11 +239,8 @@ def check_merge(merge, feature):
 
 
 def open_picture(path, exif=False):
-    """A picture file -> PIL picture in RGB, whatever its mode was: transparency is dropped, not blended.
-
-    The original ignores the camera's orientation (EXIF); `exif=True` honours it. A missing or broken file is a
-    ValueError that names it.
-    """
+    """A picture file -> PIL picture in RGB, whatever its mode was: transparency is dropped, not blended; and turned as
+    the camera was held (EXIF) only with `exif`, as in the original. ValueError names a missing or broken file."""
     try:
         with Image.open(path) as picture:
             return (ImageOps.exif_transpose(picture) if exif else picture).convert("RGB")
@@ -254,14 +250,20 @@ def open_picture(path, exif=False):
         raise ValueError(f"picture {path} cannot be read ({error}); replace it or leave its record out") from None
 
 
+def centred(picture, width, height, colour):
+    """The picture in the middle of a larger one; odd rests go below or right."""
+    canvas = Image.new("RGB", (width, height), colour)
+    canvas.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
+    return canvas
+
+
 @dataclass
 class ImageProcessor:
     """Picture -> the tower's pixels, equal bit for bit to the original's way through PIL and CLIPImageProcessor.
 
     shortest_edge, crop_size: pixels; image_mean, image_std: CLIP's, per channel; image_grid_pinpoints: the canvases
     (height, width) of anyres. LLAVA.md 3.1 to 3.3 in the field's words: resize the short side (bicubic on 8-bit
-    values), crop the centre, scale to 0..1, normalise.
-    """
+    values), crop the centre, scale to 0..1, normalise."""
 
     crop_size: int = 224
     shortest_edge: int | None = None
@@ -299,45 +301,27 @@ class ImageProcessor:
 
     def views(self, picture, aspect="pad"):
         """The PIL pictures that the tower is shown for one. `pad`: made square on the mean colour; `square`: to be cut
-        to one; `anyres`: the whole, squashed, then its tiles."""
+        to one; `anyres`: the whole, squashed, then, row by row, the tiles of the canvas it fits best, on black."""
+        check_views(aspect)
         picture = picture if picture.mode == "RGB" else picture.convert("RGB")
         if aspect == "pad":
-            return [self.pad_to_square(picture)]
-        if aspect == "anyres":
-            return self.squash_and_tile(picture)
-        if aspect in ("square", None):
+            side, colour = max(picture.size), tuple(int(mean * 255) for mean in self.image_mean)  # (122, 116, 104)
+            return [centred(picture, side, side, colour)]
+        if aspect != "anyres":
             return [picture]
-        raise ValueError(f"image_aspect_ratio {aspect!r} is not known; use anyres, pad or square")
-
-    def squash_and_tile(self, picture):
-        """The picture at S x S, then the tiles, row by row, of the canvas it fits best, centred there on black."""
         edge, tile, size = self.shortest_edge or self.crop_size, self.crop_size, picture.size[::-1]
         height, width = best_resolution(size, self.image_grid_pinpoints)
         fitted = picture.resize(fit(size, (height, width))[::-1], Image.Resampling.BICUBIC)
-        canvas = Image.new("RGB", (width, height))
-        canvas.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
+        canvas = centred(fitted, width, height, "black")
         corners = [(x, y) for y in range(0, height, tile) for x in range(0, width, tile)]
         return [picture.resize((edge, edge), Image.Resampling.BICUBIC),
                 *(canvas.crop((x, y, x + tile, y + tile)) for x, y in corners)]
-
-    def pad_to_square(self, picture):
-        """Centre the picture on a square of the mean colour, (122, 116, 104) for CLIP; odd rests go below or right."""
-        width, height = picture.size
-        if width == height:
-            return picture
-        side = max(width, height)
-        square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in self.image_mean))
-        square.paste(picture, ((side - width) // 2, (side - height) // 2))
-        return square
 
     def resize_and_crop(self, picture):
         """Short side -> shortest_edge, the long side rounded down; then the middle crop_size x crop_size."""
         width, height = picture.size
         edge = self.shortest_edge or self.crop_size
-        if width <= height:
-            size = (edge, int(edge * height / width))
-        else:
-            size = (int(edge * width / height), edge)
+        size = (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
         picture = picture.resize(size, Image.Resampling.BICUBIC)
         left, top = (size[0] - self.crop_size) // 2, (size[1] - self.crop_size) // 2
         return picture.crop((left, top, left + self.crop_size, top + self.crop_size))

@@ -19,11 +19,9 @@ FLAG = re.compile(r"(--?[A-Za-z][\w-]*)(=.*)?", re.DOTALL)  # --flag or --flag=v
 
 def boolean(text):
     """'True', 'false', '1', 'no' … -> bool. `type=bool` would take every non-empty string, 'False' too, for True."""
-    if text.lower() in TRUE:
-        return True
-    if text.lower() in FALSE:
-        return False
-    raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
+    if text.lower() not in TRUE + FALSE:
+        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
+    return text.lower() in TRUE
 
 
 SWITCH = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}  # options of a boolean flag
@@ -33,10 +31,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with the manner described at the head of this file."""
 
     def __init__(self, **options):
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)
-        if options.get("add_help", True):
-            self.add_switch("--debug", help="show the traceback of an error")
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.add_switch("--debug", help="show the traceback of an error")
 
     def add_switch(self, flag, default=False, help=None, **options):
         """A boolean flag: absent = default, bare = True, or followed by True|False."""
@@ -44,46 +40,37 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """argparse's; subcommands pass through here too, each with its own flags. An unknown flag ends the program."""
-        words = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
-        known = [flag for action in self._every_action() for flag in action.option_strings]
-        switches = [action for action in self._actions if action.type is boolean and self._get_positional_actions()]
-        for i, word in enumerate(words[:words.index("--") if "--" in words else None]):
+        words = [re.sub(r"^--[A-Za-z][\w-]*(?==|\Z)", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+                 for word in (sys.argv[1:] if args is None else args)]  # a flag's name is changed, never its value
+        known = [flag for action in self._actions for flag in action.option_strings]
+        switches = [flag for action in self._actions if action.type is boolean for flag in action.option_strings]
+        commands = next((action.choices for action in self._actions if action.nargs == argparse.PARSER), ())
+        for i, word in enumerate(words):
+            if word == "--" or word in commands:  # a subcommand looks after its own flags
+                break
             flag = FLAG.fullmatch(word)
             if flag and flag[1] not in known:
                 near = difflib.get_close_matches(flag[1], known, 1, 0.5)
-                hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+                others = f"flags go behind {', '.join(commands)}" if commands else "--help lists the flags"
+                hint = f"did you mean {near[0]}?" if near else others
                 self.error(f"unknown argument {flag[1]}; {hint}")
-            if any(word in switch.option_strings for switch in switches):  # in `--json FOLDER` FOLDER is no boolean
+            if word in switches and self._get_positional_actions():  # in `--json FOLDER` FOLDER is no boolean
                 words[i] += "" if "".join(words[i + 1:i + 2]).lower() in TRUE + FALSE else "=True"
         return super().parse_known_args(words, namespace)
-
-    def _every_action(self):
-        """This parser's flags and those of its subcommands."""
-        for action in self._actions:
-            yield action
-            if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    yield from parser._every_action()
 
     def error(self, message):
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
 
-def _underscored(word):
-    """`--a-b=c-d` -> `--a_b=c-d`: only the flag's name is changed, never its value."""
-    flag = FLAG.fullmatch(word)
-    return "--" + flag[1][2:].replace("-", "_") + (flag[2] or "") if flag and word.startswith("--") else word
-
-
 def run(main):
     """Call main(); a user's mistake becomes one line on stderr and exit status 2 (with --debug: its traceback)."""
     try:
         sys.exit(main())
+    except BrokenPipeError:  # the reader of our output went away (`… | head`): not a mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (ValueError, OSError, RecursionError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output went away (`… | head`): not a mistake
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
         if "--debug" in sys.argv:
             raise
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
@@ -112,9 +99,8 @@ def file_size(text):
 
 class Progress:
     """A line on stderr about work that takes more than a second: `writing: 45 % of 13.48 GB, 310 MB/s, 0:24 left`.
-
-    total: bytes or other things. On a terminal the line is renewed in place, in a log another comes every ten seconds.
-    """
+    total: bytes or other things. On a terminal the line is renewed in place, in a log another comes every ten
+    seconds."""
 
     def __init__(self, label, total, of_bytes=True):
         self.of_bytes, self.label, self.total, self.done, self.terminal = of_bytes, label, total, 0, sys.stderr.isatty()

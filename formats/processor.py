@@ -6,10 +6,13 @@ published folders have 64 more embedding rows for that (32064), and so do ours.
 """
 
 import json
+from pathlib import Path
 
 from formats.layouts import STRATEGIES
 from formats.templates import CHAT, TEMPLATES, canonical, frame, render_turns, show_pictures
 from tokenizer import IMAGE_TAG, MANNERS
+
+JINJA = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")  # LLaVA's templates, all in one
 
 
 def preprocessor_config(image_processor, config):
@@ -40,9 +43,7 @@ def processor_config(config):
 
 def add_image_token(files, next_id):
     """Give the tokenizer in `files` ({name: bytes}, changed in place) an `<image>` token, if it has none. -> its id
-
-    Both tokenizer.json and tokenizer_config.json list it: fast tokenizers read the one, slow ones the other.
-    """
+    Both tokenizer.json and tokenizer_config.json list it: fast tokenizers read the one, slow ones the other."""
     if "tokenizer.json" not in files:
         return next_id
     spec, config = json.loads(files["tokenizer.json"]), json.loads(files.get("tokenizer_config.json", b"{}"))
@@ -60,10 +61,8 @@ def add_image_token(files, next_id):
 
 
 def remove_image_token(files):
-    """The reverse, for the original's layout: take `<image>`, and llava-hf's `<pad>` behind it, out of `files`.
-
-    -> the rows that the vocabulary keeps, 32000 for LLaMA's; None, and nothing changes, unless these two come last.
-    """
+    """The reverse, for the original's layout: take `<image>`, and llava-hf's `<pad>` behind it, out of `files`. -> the
+    rows that the vocabulary keeps, 32000 for LLaMA's; None, and nothing changes, unless these two come last."""
     if "tokenizer.json" not in files:
         return None
     spec = json.loads(files["tokenizer.json"])
@@ -88,10 +87,8 @@ def _without(values, tokens):
 
 def chat_template(conv_mode, tokenizer, mm_use_im_start_end=False):
     """The conversation template as Jinja, for chat_template.jinja: what formats/templates.py renders when a question is
-    asked, in the language that transformers and vLLM run.
-
-    A message's content is a text, or transformers' list of parts, of which pictures come first as `<image>` lines.
-    """
+    asked, in the language that transformers and vLLM run. A message's content is a text, or transformers' list of
+    parts, of which pictures come first as `<image>` lines."""
     if conv_mode == CHAT:
         return tokenizer.chat_template
     template = TEMPLATES[canonical(conv_mode)]
@@ -100,26 +97,3 @@ def chat_template(conv_mode, tokenizer, mm_use_im_start_end=False):
         "tag": IMAGE_TAG, "shown": show_pictures(conv_mode, IMAGE_TAG, mm_use_im_start_end),
         "only_tags": template.style == "plain"}
     return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in settings.items()) + JINJA
-
-
-JINJA = """\
-{{- head -}}
-{%- for message in (messages[1:] if messages and messages[0]['role'] == 'assistant' else messages) -%}
-{%- set asked = message['role'] == 'user' -%}
-{%- if not asked and message['role'] != 'assistant' -%}
-{{- raise_exception('this model knows no role ' + message['role'] + '; use user and assistant') -}}
-{%- endif -%}
-{%- if message['content'] is string -%}
-{%- set text = message['content'] -%}
-{%- else -%}
-{%- set pictures = message['content'] | selectattr('type', 'equalto', 'image') | list | length -%}
-{%- set words = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
-{%- set text = (tag + '\\n') * pictures + words -%}
-{%- endif -%}
-{%- set text = tag * text.count(tag) if only_tags and asked else text | replace(tag, shown) -%}
-{%- set around = question if asked else answer -%}
-{{- around[0] -}}
-{%- if text -%}{{- (first if loop.first else around[1]) + text + around[2] -}}{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- answer[0] -}}{%- endif -%}
-"""

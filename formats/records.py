@@ -206,16 +206,6 @@ def from_ubiai(path, *, image="documentName,image", entities="annotation,tokens"
 SOURCES = {"scienceqa": from_scienceqa, "okvqa": from_okvqa, "csv": from_csv, "ubiai": from_ubiai}
 
 
-def convert_flags(parser):
-    """The flags of `data.py convert`. -> the parser"""
-    parser.add_argument("kind", choices=SOURCES, help="what SRC is")
-    parser.add_argument("src", metavar="SRC", help="scienceqa, okvqa: a folder; ubiai: the JSON export; csv: the table")
-    parser.add_argument("out", metavar="OUT", help="the JSON file to write")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="; ".join(
-        " ".join([kind, *map("=".join, source.__kwdefaults__.items())]) for kind, source in SOURCES.items()))
-    return parser
-
-
 def convert(args):
     """Another data set -> LLaVA's JSON: the same source gives the same file. ValueError: it is laid out otherwise."""
     source, given = SOURCES[args.kind], dict(pair.partition("=")[::2] for pair in args.set)

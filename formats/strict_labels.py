@@ -55,8 +55,7 @@ def strict_labels(template, rendered, ids, encode, shows, tokenizer, model_max_l
 
     ids: of the prompt, cut at model_max_length if the record has no picture; encode: text -> ids with BOS, as the
     prompt's were made; shows: whether it has one, which decides how style single counts. For the style mpt the sum is
-    that of LLaVA 1.1: 1.2's own is wrong for every tokenizer (LLAVA.md 2.5).
-    """
+    that of LLaVA 1.1: 1.2's own is wrong for every tokenizer (LLAVA.md 2.5)."""
     labels, padding, place = list(ids), tokenizer.token_to_id(padding_token(tokenizer) or ""), 0
 
     def real(ids):

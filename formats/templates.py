@@ -24,6 +24,7 @@ stands in the prompt if it writes one. Learned is each answer through the specia
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 
 import jinja2
 import jinja2.ext
@@ -36,44 +37,23 @@ CHAT = "chat_template"
 START_END = ("<im_start>", "<im_end>")  # around a picture's place, with mm_use_im_start_end
 EMPTY_ANSWER = "empty answer"
 
-S_USER = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions.")
+S_USER = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+          "detailed, and polite answers to the user's questions.")
 S_HUMAN = S_USER.replace("user", "human")
-ABLE = (
-    "able to understand the visual content that the user provides, and assist the user with a variety of tasks "
-    "using natural language.")
-S_MMTAG = (
-    f"A chat between a curious user and an artificial intelligence assistant. The assistant is {ABLE}The visual "
-    "content will be provided with the following format: <Image>visual content</Image>.")
+ABLE = ("able to understand the visual content that the user provides, and assist the user with a variety of tasks "
+        "using natural language.")
+S_MMTAG = (f"A chat between a curious user and an artificial intelligence assistant. The assistant is {ABLE}The visual "
+           "content will be provided with the following format: <Image>visual content</Image>.")
 S_LLAVA2 = f"You are a helpful language and vision assistant. You are {ABLE}"
-S_LLAMA2 = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
-    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
-    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
-    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
-    "something not correct. If you don't know the answer to a question, please don't share false information.")
-S_MPT = (
-    "<|im_start|>system\n"
-    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.")
-EXAMPLE_ANSWER = (
-    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, "
-    "such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are "
-    "finite and will eventually be depleted, such as coal, oil, and natural gas. Here are some key differences "
-    "between renewable and non-renewable energy sources:\n"
-    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are "
-    "finite and will eventually run out.\n"
-    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
-    "sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
-    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
-    "operational costs than non-renewable sources.\n"
-    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than "
-    "non-renewable sources.\n"
-    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations "
-    "and needs, while non-renewable sources are more rigid and inflexible.\n"
-    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable "
-    "sources are not, and their depletion can lead to economic and social instability.\n")
-EXAMPLE = ((0, "What are the key differences between renewable and non-renewable energy sources?"), (1, EXAMPLE_ANSWER))
+S_LLAMA2 = ("You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
+            "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or "
+            "illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a "
+            "question does not make any sense, or is not factually coherent, explain why instead of answering "
+            "something not correct. If you don't know the answer to a question, please don't share false information.")
+S_MPT = ("<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. The assistant gives helpful "
+         "and honest answers.")
+EXAMPLE = ((0, "What are the key differences between renewable and non-renewable energy sources?"),
+           (1, Path(__file__).with_name("v0_example.txt").read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)
@@ -134,11 +114,9 @@ def canonical(name):
 
 
 def of_version(version):
-    """`--version` as training takes it -> (template's name, what should be said about it or None).
-
-    v0 and v0.5 have chosen no template since LLaVA 1.1.3: what they train is v1's text, v0 with the token `[PAD]` where
-    the tokenizer names none (LLAVA.md 5.1). The text of LLaVA's first models is template_v0.
-    """
+    """`--version` as training takes it -> (template's name, what should be said about it or None). v0 and v0.5 have
+    chosen no template since LLaVA 1.1.3: what they train is v1's text, v0 with the token `[PAD]` where the tokenizer
+    names none (LLAVA.md 5.1). The text of LLaVA's first models is template_v0."""
     name = canonical(VERSIONS.get(version, version))
     warning = (f"WARNING: --version {version} trains the text of {name}, as in the original; what LLaVA v0 was "
                "trained with is --version template_v0")
@@ -146,14 +124,13 @@ def of_version(version):
 
 
 def choose_conv_mode(config, tokenizer):
-    """Which template a model speaks -> (name, why). Decided by content, in this order (DESIGN.md, rule 3).
-
-    config: LlavaConfig, whose conv_mode (asked for by the user, or from config.json) goes first; tokenizer: Tokenizer,
-    or None where there is none. ValueError for a name that is not in the table.
-    """
+    """Which template a model speaks -> (name, why). Decided by content, in this order (DESIGN.md, rule 3). config:
+    LlavaConfig, whose conv_mode (asked for by the user, or from config.json) goes first; tokenizer: Tokenizer, or None
+    where there is none. ValueError for a name that is not in the table."""
     if config.conv_mode:
         return canonical(config.conv_mode), "as asked for, or as config.json says"
-    if tokenizer is not None and tokenizer.chat_template and _shows_text(tokenizer):
+    # A vision processor's chat template, which wants a message as a list of parts, passes over mere text.
+    if tokenizer and tokenizer.chat_template and "pumice" in _apply_chat(tokenizer, [(0, "pumice")], True):
         return CHAT, "the tokenizer brings one"
     if config.mm_use_im_start_end and tokenizer is not None and tokenizer.token_to_id(PAD) is not None:
         return "llava_v0", f"pictures stand in {START_END[0]}, and the tokenizer has {PAD}"
@@ -164,11 +141,6 @@ def choose_conv_mode(config, tokenizer):
     if config.text.vocab_size >= 64000:
         return "chatml_direct", f"the vocabulary has {config.text.vocab_size} entries, 64000 or more"
     return "v1", "nothing says otherwise"
-
-
-def resolve_conv_mode(config, tokenizer):
-    """The name alone of `choose_conv_mode`."""
-    return choose_conv_mode(config, tokenizer)[0]
 
 
 def show_pictures(conv_mode, text, mm_use_im_start_end=False):
@@ -202,15 +174,14 @@ def render(conv_mode, messages, tokenizer=None, open=False):
 
 def turns(messages):
     """[(role, text)] -> ([(0 or 1, text)], notes): 0 asks and 1 answers, alternating from 0; ValueError otherwise."""
-    for number, (role, _) in enumerate(messages, 1):
-        if role not in PERSON:
-            raise ValueError(f"unknown role: turn {number} is from {role!r}; expected human or gpt")
     skipped = int(bool(messages) and messages[0][0] == "gpt")
-    messages = [(PERSON[role], text) for role, text in messages][skipped:]
-    for number, (person, _) in enumerate(messages):
-        if person != number % 2:
-            raise ValueError(f"two turns of one speaker: turn {number + skipped + 1} is from {[*PERSON][person]} like "
-                             "the one before it; expected human and gpt in turn")
+    for number, (role, _) in enumerate(messages):
+        if role not in [*PERSON]:  # a list, as a role may be anything that JSON holds
+            raise ValueError(f"unknown role: turn {number + 1} is from {role!r}; expected human or gpt")
+        if PERSON[role] != (number + skipped) % 2:
+            raise ValueError(f"two turns of one speaker: turn {number + 1} is from {role} like the one before it; "
+                             "expected human and gpt in turn")
+    messages = [(PERSON[role], text) for role, text in messages[skipped:]]
     odd = {"first turn from gpt: it is left out": skipped,
            "last turn from human: it has no answer to learn": messages and messages[-1][0] == 0,
            "empty question": (0, "") in messages, EMPTY_ANSWER: (1, "") in messages}
@@ -263,10 +234,8 @@ def render_turns(template, messages):
 
 
 def _render_v0(template, messages):
-    """What LLaVA v0 was trained with, not quite what it is asked with: a line per message, whoever it is from.
-
-    Learned are the answers with their headers, and the ### before a question and at the end, where an answer stops.
-    """
+    """What LLaVA v0 was trained with, not quite what it is asked with: a line per message, whoever it is from. Learned
+    are the answers with their headers, and the ### before a question and at the end, where an answer stops."""
     prompt, learned = template.system + "\n\n", []
     for role, text in messages:
         start = len(prompt)
@@ -297,8 +266,7 @@ def _render_chat(messages, tokenizer, open):
     starts where the prompt that asks for it ends."""
     if not tokenizer.chat_template:
         raise ValueError("no chat template: the tokenizer has none; use --version with one of LLaVA's templates")
-    prompt = _apply_chat(tokenizer, messages, open)
-    learned = []
+    prompt, learned = _apply_chat(tokenizer, messages, open), []
     for i, (person, _) in enumerate(messages):
         if person == 1:
             asked = _apply_chat(tokenizer, messages[:i], True)
@@ -320,11 +288,6 @@ def _end_of_turn(tokenizer):
             return token_id, answer[end:]
     raise ValueError(f"chat template without an end: it writes an answer as {answer!r}, which holds no special token "
                      "to stop at; use --version with one of LLaVA's templates")
-
-
-def _shows_text(tokenizer):
-    """False for a vision processor's template, which wants a message as a list of parts and passes over mere text."""
-    return "pumice" in _apply_chat(tokenizer, [(0, "pumice")], True)
 
 
 def _apply_chat(tokenizer, messages, open):

@@ -85,6 +85,7 @@ def test_unknown_flag_names_the_nearest(capsys, words, sentence):
 def test_unknown_flag_of_a_subcommand(capsys):
     assert "did you mean --to?" in refusal(capsys, commands(), "convert", "--too", "llava")
     assert "unknown argument --to;" in refusal(capsys, commands(), "inspect", "x", "--to", "llava")
+    assert "unknown argument --json; flags go behind inspect" in refusal(capsys, commands(), "--json", "inspect")
 
 
 def test_unknown_flag_is_named_before_the_required_one_it_may_be_a_slip_of(capsys):

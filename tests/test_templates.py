@@ -241,7 +241,7 @@ def test_which_template_a_model_speaks(tmp_path, tiny_tokenizer):
 
     def resolve(tokenizer, model_type="llama", vocab_size=32000, **config):
         text = LlamaConfig(vocab_size, model_type=model_type)
-        return templates.resolve_conv_mode(LlavaConfig(text, **config), tokenizer)
+        return templates.choose_conv_mode(LlavaConfig(text, **config), tokenizer)[0]
 
     assert resolve(chat, conv_mode="vicuna_v1") == "v1"
     with pytest.raises(ValueError, match="'v9' is not known here"):
@@ -266,7 +266,7 @@ def test_loading_says_which_template_and_why(tiny_llama, capsys):
 def test_the_template_of_a_vision_processor_is_not_the_tokenizer_s_own(tmp_path):
     parts = ("{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] "
              "| selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}{% endfor %}")
-    assert templates.resolve_conv_mode(LlavaConfig(), chat_tokenizer(tmp_path, parts)) == "v1"
+    assert templates.choose_conv_mode(LlavaConfig(), chat_tokenizer(tmp_path, parts))[0] == "v1"
 
 
 def test_what_ends_an_answer(tmp_path, tiny_tokenizer):
