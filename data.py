@@ -14,8 +14,6 @@ What a record holds that it should not is never passed over: it stops the run, o
     python data.py check --data_path F --image_folder D --model_name_or_path M [--version v1] [--json] [--fix OUT]
     python data.py convert scienceqa|okvqa|ubiai|csv SRC OUT
 
-The original finds labels by counting tokens and drops a record where it loses count; --strict_labels does so here, too.
-
 Legend: n sequences, T tokens of all of them, P pictures, N places of one picture, S pixels of a view's side.
 """
 
@@ -23,11 +21,13 @@ import hashlib
 import json
 import os
 import sys
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Subset
 from formats import command, layouts, templates
 from formats.files import read_json
 from formats.hub import find_folder
-from formats.records import add_tag, convert, convert_flags, read_records, write_records
+from formats.records import SOURCES, add_tag, convert, read_records, write_records
 from formats.strict_labels import loses_count, strict_labels
 from formats.templates import CHAT, EMPTY_ANSWER, START_END, TEMPLATES
 from formats.vocabulary import missing_tokens
@@ -48,6 +48,7 @@ from vision import open_picture
 MENDED = "the original would lose count of its tokens and learn nothing of it; here its answers are learned"
 REPLACED = "broken picture: the next record with a picture stands in its place"
 SUFFIX = "mis-suffixed picture: its content is of another format than its name says; it is read all the same"
+DEEP = "picture of more than 8 bits: all that is brighter than 255 becomes white, as in the original"
 SAME_ID = "duplicate id: an earlier record has it, too"
 SAME = "duplicate content: an earlier record has the same picture and text"
 MASKED = "tokenization mismatch: nothing is learned from it, as in the original"
@@ -58,8 +59,7 @@ class Example:
     """One record, rendered. ids, labels: with one -200 per picture; learned: the stretches of the prompt that carry
     labels; spans: each token's characters in the prompt; pictures: a file per -200; notes: what was odd about the
     record; pixel_values: (views, 3, S, S) float32 and image_sizes: a (height, width) per picture, once they are loaded;
-    replaces: ids of the records with broken pictures in whose place it stands.
-    """
+    replaces: ids of the records with broken pictures in whose place it stands."""
 
     id: str
     ids: list
@@ -77,9 +77,9 @@ class Example:
 @dataclass
 class Batch:
     """Sequences end to end. input_ids, labels, position_ids: (T,) int64; cu_seqlens: (n+1,) int32, where each begins
-    and the last ends; pixel_values: (views, 3, S, S) float32, one view or (anyres) several per picture, in the order of
-    the pictures' places, ids of -200, `LlavaConfig.tokens_of` its size each; ids: the records'; image_sizes: [(height,
-    width)] of the pictures; notes: [(what was odd or cut, record id)]."""
+    and the last ends; pixel_values: (views, 3, S, S) float32, one view or (anyres) several per picture, or a tower's
+    features of them, in the order of the pictures' places, ids of -200, `LlavaConfig.tokens_of` its size each; ids: the
+    records'; image_sizes: [(height, width)] of the pictures; notes: [(what was odd or cut, record id)]."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -93,7 +93,7 @@ class Batch:
     def to(self, device):
         """The same batch on another device."""
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return Batch(**{**vars(self), **moved})
+        return replace(self, **moved)
 
 
 # ------------------------------------------------------------------------------------- a record -> prompt, ids, labels
@@ -104,8 +104,7 @@ def messages_of(record):
 
     image, a string: each message with <image> has one, moved to its front (LLAVA.md 4.3), and all show this picture;
     pictures is that string. image, a list: nothing is moved; the k-th tag shows the k-th picture. No image: an <image>
-    is mere text, pictures is None. ValueError for what is no conversation.
-    """
+    is mere text, pictures is None. ValueError for what is no conversation."""
     turns, image, notes = record.get("conversations"), record.get("image"), []
     if not isinstance(turns, list) or not turns:
         raise ValueError('no conversations: expected "conversations": [{"from": "human" or "gpt", "value": text}, …]')
@@ -117,20 +116,14 @@ def messages_of(record):
     if not isinstance(image, str | None) and not (isinstance(image, list) and all(isinstance(x, str) for x in image)):
         raise ValueError(f"image is no file name: {str(image)[:60]}; expected a string or a list of strings")
     if isinstance(image, str):
-        messages = [(role, _tag_to_front(text)) for role, text in messages]
+        messages = [(role, f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip() if IMAGE_TAG in text else text)
+                    for role, text in messages]
         if tags != 1:
             notes.append("several <image> tags for one picture: it is shown once per message" if tags else
                          "a picture without an <image> tag: it is not shown")
     elif image is None and tags:
         notes.append("an <image> tag without a picture: it is plain text")
     return messages, image, notes
-
-
-def _tag_to_front(text):
-    """Several <image> in one message become one, on a line of its own before everything else."""
-    if IMAGE_TAG not in text:
-        return text
-    return f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip()
 
 
 def compose(record, conv_mode, tokenizer, mm_use_im_start_end=False, strict=False):
@@ -154,15 +147,15 @@ def compose(record, conv_mode, tokenizer, mm_use_im_start_end=False, strict=Fals
     return rendered, [image] * tags if isinstance(image, str) else image, notes
 
 
-def encode_prompt(prompt, tokenizer, bos=True, strict=False):
+def encode_prompt(prompt, tokenizer, bos=True, strict=False, shows=True):
     """A prompt with <image> tags -> (ids, spans), one -200 per tag (LLAVA.md 2.3).
 
     The text between tags is encoded piece by piece, as if each were a text of its own: with SentencePiece the text
     after a picture begins with another space. Only the whole has a BOS. strict: where the text itself begins with the
-    BOS (ChatML, <|im_start|>), lose the first token behind each picture, as the original does.
-    """
+    BOS (ChatML, <|im_start|>), lose the first token behind each picture, as the original does. shows: False where there
+    are no pictures, and a tag is mere text."""
     ids, spans, place = [], [], 0
-    for piece in prompt.split(IMAGE_TAG):
+    for piece in prompt.split(IMAGE_TAG) if shows else [prompt]:
         if place:
             ids.append(IMAGE_TOKEN_INDEX)
             spans.append((place - len(IMAGE_TAG), place))
@@ -180,57 +173,45 @@ def render_record(record, tokenizer, conv_mode, mm_use_im_start_end=False, model
     A token is learned if its characters lie within a learned stretch of the prompt; so labels hold whatever the text
     says. strict: count tokens as the original does, which drops a whole sample whose counts disagree (LLAVA.md 2.6). A
     text-only record is cut at model_max_length here, one with pictures when it is packed. ValueError: what is wrong,
-    without the record's name.
-    """
+    without the record's name."""
     conv_mode = templates.canonical(conv_mode)
     strict = strict and conv_mode != CHAT  # which the original does not know
     rendered, pictures, notes = compose(record, conv_mode, tokenizer, mm_use_im_start_end, strict)
-
-    def encode(text, bos=True):
-        plain = pictures is None
-        return tokenizer.encode_with_spans(text, bos) if plain else encode_prompt(text, tokenizer, bos, strict)
-
-    ids, spans = encode(rendered.prompt, rendered.bos)
-    begins = [begin for begin, _ in rendered.learned]
+    encode = partial(encode_prompt, tokenizer=tokenizer, strict=strict, shows=pictures is not None)
+    ids, spans = encode(rendered.prompt, bos=rendered.bos)
     labels = [IGNORE_INDEX] * len(ids)
-    for i, (start, end) in enumerate(spans):
-        k = bisect_right(begins, start) - 1  # the last stretch that begins at or before this token
-        if k >= 0 and start < rendered.learned[k][1] >= end:
-            labels[i] = ids[i]
-    if pictures is None and model_max_length and len(ids) > model_max_length:
-        ids, labels, spans = ids[:model_max_length], labels[:model_max_length], spans[:model_max_length]
-        notes.append(_cut_note(labels))
+    for begin, stop in rendered.learned:
+        for i in range(bisect_left(spans, (begin,)), bisect_left(spans, (stop,))):  # the tokens that start in it
+            labels[i] = ids[i] if spans[i][1] <= stop else IGNORE_INDEX
+    if pictures is None:
+        ids, labels, _, cut = widen(ids, labels, (), model_max_length)
+        notes += cut
     if strict:
         labels, mismatch = strict_labels(TEMPLATES[conv_mode], rendered, ids, lambda text: encode(text)[0],
                                          pictures is not None, tokenizer, model_max_length)
         notes += [MASKED] * mismatch
-    return Example(str(record.get("id")), ids, labels, rendered.prompt, rendered.learned, spans, pictures or [], notes)
-
-
-def _cut_note(labels):
-    learned = any(label != IGNORE_INDEX for label in labels)
-    return "cut at model_max_length" if learned else "cut at model_max_length: nothing to learn is left"
+    return Example(str(record.get("id")), ids, labels, rendered.prompt, rendered.learned, spans[:len(ids)],
+                   pictures or [], notes)
 
 
 # ------------------------------------------------------------------------------------------------- examples -> batches
 
 
-def widen(example, places, model_max_length=None):
-    """Give the k-th picture its places[k] -> (ids, labels, pictures left, note or None), cut at model_max_length.
-
-    The original cuts ids, then features, wherever the limit falls, possibly within a picture. Here a picture that does
-    not fit whole goes, and all behind it: attention is causal, so nothing that is left and learned depended on it.
-    """
-    ids, labels, pictures = [], [], 0
-    for token, label in zip(example.ids, example.labels):
+def widen(ids, labels, places, model_max_length=None):
+    """Give the k-th picture its places[k] -> (ids, labels, pictures left, [] or [note]), cut at model_max_length. The
+    original cuts ids, then features, wherever the limit falls, possibly within a picture. Here a picture that does not
+    fit whole goes, and all behind it: attention is causal, so nothing that is left and learned depended on it."""
+    wide_ids, wide_labels, pictures = [], [], 0
+    for token, label in zip(ids, labels):
         is_picture = token == IMAGE_TOKEN_INDEX
         width = places[pictures] if is_picture else 1
-        if model_max_length and len(ids) + width > model_max_length:
-            return ids, labels, pictures, _cut_note(labels)
-        ids += [token] * width
-        labels += [IGNORE_INDEX if is_picture else label] * width
+        if model_max_length and len(wide_ids) + width > model_max_length:
+            nothing = "" if any(x != IGNORE_INDEX for x in wide_labels) else ": nothing to learn is left"
+            return wide_ids, wide_labels, pictures, [f"cut at model_max_length{nothing}"]
+        wide_ids += [token] * width
+        wide_labels += [IGNORE_INDEX if is_picture else label] * width
         pictures += is_picture
-    return ids, labels, pictures, None
+    return wide_ids, wide_labels, pictures, []
 
 
 def pack(examples, config, model_max_length=None):
@@ -238,7 +219,7 @@ def pack(examples, config, model_max_length=None):
     input_ids, labels, positions, bounds, pixels, sizes, notes = [], [], [], [0], [], [], []
     for example in examples:
         places = [config.tokens_of(size) for size in example.image_sizes]
-        row_ids, row_labels, pictures, cut = widen(example, places, model_max_length)
+        row_ids, row_labels, pictures, cut = widen(example.ids, example.labels, places, model_max_length)
         if (largest := max(row_ids, default=0)) >= config.text.vocab_size:
             raise ValueError(f"record {example.id!r}: token {largest} has no row in the model's embeddings, which have "
                              f"{config.text.vocab_size}; take it out of the text, or use this very model's tokenizer")
@@ -249,7 +230,7 @@ def pack(examples, config, model_max_length=None):
         if pictures:
             sizes += example.image_sizes[:pictures]
             pixels.append(example.pixel_values[: sum(map(config.views_of, example.image_sizes[:pictures]))])
-        notes += [(note, example.id) for note in [*example.notes, cut] if note]
+        notes += [(note, example.id) for note in example.notes + cut]
         notes += [(REPLACED, name) for name in example.replaces]
     size = config.vision.image_size if config.vision else 0
     return Batch(
@@ -258,9 +239,9 @@ def pack(examples, config, model_max_length=None):
         notes)
 
 
-def load_pictures(example, image_processor, aspect, image_folder="", exif=False):
-    """Open the example's pictures and put their pixels into it (each file once, however often it is shown)."""
-    opened = {name: open_picture(os.path.join(image_folder, name), exif) for name in dict.fromkeys(example.pictures)}
+def load_pictures(example, image_processor, aspect, image_folder=""):
+    """Open the example's pictures, each file once, and put their pixels into it."""
+    opened = {name: open_picture(os.path.join(image_folder, name)) for name in dict.fromkeys(example.pictures)}
     return put_pictures(example, [opened[name] for name in example.pictures], image_processor, aspect)
 
 
@@ -283,62 +264,53 @@ def places_of(example, config, image_folder):
 def check_tower(image_processor):
     """ValueError if there is nothing to look at a picture with."""
     if image_processor is None:
-        raise ValueError("picture without a tower: this model sees no pictures; give --vision_tower")
+        raise ValueError("picture without a tower: the model has no vision tower to see it with; give --vision_tower")
 
 
-def collate(records, loaded, image_folder="", conv_mode=None, model_max_length=None, exif=False):
+def collate(records, loaded, image_folder="", conv_mode=None, model_max_length=None):
     """Records, as read from JSON -> Batch for loaded.model. conv_mode, model_max_length: by default the model's own."""
     model_max_length = model_max_length or loaded.config.tokenizer_model_max_length
-    examples = []
+    config, examples = loaded.config, []
     for number, record in enumerate(records):
         record = {"id": str(number)} | record
         try:
             example = render_record(record, loaded.tokenizer, conv_mode or loaded.conv_mode,
-                                    loaded.config.mm_use_im_start_end, model_max_length)
-            examples.append(load_pictures(
-                example, loaded.image_processor, loaded.config.image_aspect_ratio, image_folder, exif))
+                                    config.mm_use_im_start_end, model_max_length)
+            examples.append(load_pictures(example, loaded.image_processor, config.image_aspect_ratio, image_folder))
         except ValueError as error:
             raise ValueError(f"record {record['id']!r}: {error}") from None
-    return pack(examples, loaded.config, model_max_length)
+    return pack(examples, config, model_max_length)
 
 
 # ---------------------------------------------------------------------------------------------------- a whole data set
 
 
-@dataclass
-class Question:
-    """A record's last question, to be asked: messages [(role, text)] that end with it, images, the recorded answer."""
-
-    id: str
-    kind: str
-    messages: list
-    images: list
-    answer: str
-
-
 class Records:
     """A data set for torch's DataLoader: records[i] is the i-th Example, records.pack the collate_fn.
 
-    All records are looked at once, at the start, so that what is wrong is known before the first step; none is kept.
-    A bad record stops the run, or with on_bad_record="skip" is left out and counted. So does a picture that is missing;
+    All records are looked at once, at the start, so that what is wrong is known before the first step; none is kept. A
+    bad record stops the run, or with on_bad_record="skip" is left out and counted. So does a picture that is missing;
     with on_bad_image="skip" the next record with a picture stands in the place of its record, and the others keep
-    theirs. A picture that turns out broken later stops the run, or with either flag has its record replaced.
-    """
+    theirs. A picture that turns out broken later stops the run, or with either flag has its record replaced."""
 
     def __init__(self, paths, image_folder, loaded, conv_mode=None, model_max_length=None, on_bad_record="stop",
-                 exif=False, strict_labels=False, on_bad_image="stop", seed=42):
+                 strict_labels=False, on_bad_image="stop", seed=42):
         # Not `loaded` itself: a DataLoader's workers may get a copy of this object, and the model is large.
         self.tokenizer, self.image_processor, self.config = loaded.tokenizer, loaded.image_processor, loaded.config
-        self.image_folder, self.exif = image_folder or "", exif
-        self.conv_mode = templates.canonical(conv_mode or loaded.conv_mode)
+        self.image_folder, self.conv_mode = image_folder or "", templates.canonical(conv_mode or loaded.conv_mode)
         self.model_max_length = model_max_length or loaded.config.tokenizer_model_max_length
         self.skip, self.replace, self.strict = on_bad_record == "skip", on_bad_image == "skip", strict_labels
-        self.notes = {}  # what was odd -> the records' ids, in order
+        self.load = partial(load_pictures, image_processor=self.image_processor, image_folder=self.image_folder,
+                            aspect=self.config.image_aspect_ratio)  # or what training/features.py has of them
+        self.notes, self.words = {}, []  # what was odd -> the records' ids, in order; each record's length in words
         every, good = read_records(paths, seed), []
-        for i, record in enumerate(progress(every, "reading records")):
+        line = command.Progress("reading records", len(every), of_bytes=False)
+        for i, record in enumerate(every):
+            line.advance(1)
             try:
                 self.examine(record)
                 good.append(i)
+                self.words.append(words_of(record))  # now that it is parsed
             except ValueError as error:
                 if not self.skip:
                     path = every.datasets[bisect_right(every.cumulative_sizes, i)].path
@@ -356,11 +328,11 @@ class Records:
         for record in map(self.records.__getitem__, chain(range(i, len(self)), range(i))):
             if broken and record.get("image") is None:
                 continue
-            example = self.render(record)
+            example = render_record(record, self.tokenizer, self.conv_mode, self.config.mm_use_im_start_end,
+                                    self.model_max_length, self.strict)
             try:
                 example.replaces = broken
-                return load_pictures(
-                    example, self.image_processor, self.config.image_aspect_ratio, self.image_folder, self.exif)
+                return self.load(example)
             except ValueError as error:
                 if not self.replace and not self.skip:
                     raise ValueError(f"record {example.id!r}: {error}") from None
@@ -371,11 +343,6 @@ class Records:
         """Examples -> Batch, cut at model_max_length."""
         return pack(examples, self.config, self.model_max_length)
 
-    def render(self, record):
-        """One record -> Example without pixels."""
-        return render_record(record, self.tokenizer, self.conv_mode, self.config.mm_use_im_start_end,
-                             self.model_max_length, self.strict)
-
     def examine(self, record):
         """Note what is odd about a record; ValueError if nothing can be learned from it or its picture is missing."""
         rendered, pictures, notes = compose(
@@ -384,11 +351,11 @@ class Records:
         if pictures:
             check_tower(self.image_processor)
         for note in notes:
-            self.note(note, str(record["id"]))
+            self.note(note, record["id"])
 
     def note(self, what, record_id):
         """Count an oddity."""
-        self.notes.setdefault(what, {})[record_id] = None
+        self.notes.setdefault(what, {})[str(record_id)] = None
 
     def report(self):
         """What was odd, one line each with the first records' ids; empty if all was well."""
@@ -396,7 +363,8 @@ class Records:
                          for what, ids in self.notes.items())
 
     def question(self, i):
-        """The i-th record as a Question about its last answer; None if all its answers are empty."""
+        """The i-th record's last question, to be asked: id, kind, messages [(role, text)] that end with it, images, the
+        recorded answer; None if all its answers are empty."""
         record = self.records[i]
         messages, image, _ = messages_of(record)
         messages = messages[messages[0][0] == "gpt":]
@@ -405,8 +373,15 @@ class Records:
             return None
         tags = sum(text.count(IMAGE_TAG) for _, text in messages[:last])
         images = [image] * tags if isinstance(image, str) else (image or [])[:tags]
-        return Question(str(record["id"]), record.get("kind"), messages[:last],
-                        [os.path.join(self.image_folder, name) for name in images], messages[last][1])
+        return SimpleNamespace(
+            id=str(record["id"]), kind=record.get("kind"), messages=messages[:last], answer=messages[last][1],
+            images=[os.path.join(self.image_folder, name) for name in images])
+
+
+def words_of(record):
+    """A record's length as grouping counts it: its words, below 0 without a picture."""
+    words = sum(len(turn["value"].split()) for turn in record["conversations"])
+    return words if "image" in record else -words
 
 
 def check_record(learned, pictures, notes, image_folder):
@@ -417,14 +392,6 @@ def check_record(learned, pictures, notes, image_folder):
     for path in (os.path.join(image_folder, name) for name in pictures or []):
         if not os.path.isfile(path):
             raise ValueError(f"missing picture: {path} does not exist; check --image_folder")
-
-
-def progress(items, what):
-    """Pass the items on, and say on stderr how far it is."""
-    line = command.Progress(what, len(items), of_bytes=False)
-    for item in items:
-        yield item
-        line.advance(1)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -451,7 +418,13 @@ def main():
         else:
             door.add_argument("--fix", metavar="OUT", help="write the records that can be learned from, each once")
             door.add_argument("--dataloader_num_workers", type=int, help="processes; default: one per processor")
-    convert_flags(doors.add_parser("convert", help="records out of other data sets")).set_defaults(run=convert)
+    door = doors.add_parser("convert", help="records out of other data sets")
+    door.set_defaults(run=convert)
+    door.add_argument("kind", choices=SOURCES, help="what SRC is")
+    door.add_argument("src", metavar="SRC", help="scienceqa, okvqa: a folder; ubiai: the JSON export; csv: the table")
+    door.add_argument("out", metavar="OUT", help="the JSON file to write")
+    door.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="; ".join(
+        " ".join([kind, *map("=".join, source.__kwdefaults__.items())]) for kind, source in SOURCES.items()))
     args = parser.parse_args()
     return args.run(args)
 
@@ -459,8 +432,7 @@ def main():
 def read_model(args):
     """The parts of a model that text needs, without its weights -> (tokenizer, conv_mode, LlavaConfig)."""
     folder = find_folder(args.model_name_or_path, weights=False)
-    path = Path(folder) / "config.json"
-    values = read_json(path) if path.exists() else {}
+    values = read_json(Path(folder) / "config.json", missing={})
     config = layouts.read_config(values, (), folder) if values else LlavaConfig()
     if args.version:
         config.conv_mode, warning = templates.of_version(args.version)
@@ -472,9 +444,9 @@ def read_model(args):
     tokens = missing_tokens(tokenizer, values, config.mm_use_im_start_end, config.text.vocab_size,
                             templates.PAD if args.version == "v0" else None)
     if tokens:
-        tokenizer = Tokenizer.from_folder(folder, tokens)
+        tokenizer.add_tokens(tokens)
     config.tokenizer_model_max_length = args.model_max_length or config.tokenizer_model_max_length
-    return tokenizer, templates.resolve_conv_mode(config, tokenizer), config
+    return tokenizer, templates.choose_conv_mode(config, tokenizer)[0], config
 
 
 def show(args):
@@ -513,62 +485,56 @@ def portrait(example, places, colour):
             text += example.prompt[place:start] + (on if now else off)
             place, inside = start, now
     text += example.prompt[place: example.spans[-1][1]] + off * inside
-    tokens = len(example.ids) if places is None else len(widen(example, places)[0])
+    tokens = len(example.ids) + sum(n - 1 for n in places or ())
     head = f"── {example.id}: {tokens} tokens, {sum(learned)} learned, {len(example.pictures)} pictures"
     if example.pictures:
         head += " of one token each" if places is None else f" of {', '.join(map(str, places))} tokens"
     return "\n".join([head, *(f"   note: {note}" for note in example.notes), text, ""])
 
 
-class Inspector:
-    """What `check` finds: inspector[i] -> (record id, error or None, notes, tokens, whether anything is learned, a
-    fingerprint of picture and text)."""
-
-    def __init__(self, args):
-        self.tokenizer, self.conv_mode, self.config = read_model(args)
-        self.records, self.folder, self.strict = (
-            read_records(args.data_path, args.seed), args.image_folder, args.strict_labels)
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i):
-        record, config, limit = self.records[i], self.config, self.config.tokenizer_model_max_length
-        content = json.dumps([record.get("image"), record.get("conversations")]).encode()
-        name, content = str(record["id"]), hashlib.blake2b(content, digest_size=16).digest()
-        try:
-            example = render_record(
-                record, self.tokenizer, self.conv_mode, config.mm_use_im_start_end, limit, self.strict)
-            check_record(example.learned, example.pictures, example.notes, self.folder)
-        except ValueError as error:
-            return name, str(error).split(":")[0], [], 0, False, content
-        broken, odd = None, example.notes
-        try:
-            places = places_of(example, config, self.folder)
-            if not all(has_its_suffix(os.path.join(self.folder, picture)) for picture in example.pictures):
-                odd.append(SUFFIX)
-        except ValueError:
-            broken, places = "broken picture", [config.image_tokens or 1] * len(example.pictures)
-        length = len(widen(example, places)[0])
-        _, labels, _, cut = widen(example, places, limit)
-        learns = any(label != IGNORE_INDEX for label in labels)
-        return name, broken, odd + [cut] * bool(cut), length, learns, content
+def inspect_record(record, model, image_folder, strict):
+    """What `check` finds -> (record id, error or None, notes, tokens, whether anything is learned, a fingerprint of
+    picture and text). model: as from `read_model`."""
+    tokenizer, conv_mode, config = model
+    limit, content = config.tokenizer_model_max_length, json.dumps([record.get("image"), record.get("conversations")])
+    name, content = str(record["id"]), hashlib.blake2b(content.encode(), digest_size=16).digest()
+    try:
+        example = render_record(record, tokenizer, conv_mode, config.mm_use_im_start_end, limit, strict)
+        check_record(example.learned, example.pictures, example.notes, image_folder)
+    except ValueError as error:
+        return name, str(error).split(":")[0], [], 0, False, content
+    broken, odd = None, set()
+    try:
+        places = places_of(example, config, image_folder)
+        odd.update(*(oddities(os.path.join(image_folder, picture)) for picture in example.pictures))
+    except ValueError:
+        broken, places = "broken picture", [config.image_tokens or 1] * len(example.pictures)
+    _, labels, _, cut = widen(example.ids, example.labels, places, limit)
+    length, learns = len(example.ids) + sum(places) - len(places), any(label != IGNORE_INDEX for label in labels)
+    return name, broken, [*example.notes, *sorted(odd), *cut], length, learns, content
 
 
-def has_its_suffix(path):
-    """Whether a picture file holds what its name says; one without a known suffix says nothing."""
+def oddities(path):
+    """What is odd about a picture file that can be read -> notes."""
     with Image.open(path) as picture:
         found = "JPEG" if picture.format == "MPO" else picture.format  # a camera's JPEG with a second picture in it
-    return Image.registered_extensions().get(Path(path).suffix.lower(), found) == found
+        deep = picture.mode[0] in "IF"  # I;16, I: integers of 16 and 32 bits; F: floats
+    named = Image.registered_extensions().get(Path(path).suffix.lower(), found)
+    return [SUFFIX] * (named != found) + [DEEP] * deep
 
 
 def check(args):
     """Look at every record and every picture; -> exit status 1 if there is an error."""
-    inspector, errors, notes, lengths, seen, clean = Inspector(args), {}, {}, Counter(), set(), []
-    processes = (os.cpu_count() if len(inspector) > 500 else 0) if args.dataloader_num_workers is None else (
-        args.dataloader_num_workers)
-    rows = DataLoader(inspector, batch_size=None, num_workers=processes)
-    for i, (name, error, odd, length, learns, content) in enumerate(progress(rows, "checking")):
+    model = _, conv_mode, config = read_model(args)
+    records, processes = read_records(args.data_path, args.seed), args.dataloader_num_workers
+    errors, notes, lengths, seen, clean = {}, {}, Counter(), set(), []
+    if processes is None:
+        processes = os.cpu_count() if len(records) > 500 else 0
+    rows = DataLoader(records, batch_size=None, num_workers=processes, collate_fn=partial(
+        inspect_record, model=model, image_folder=args.image_folder, strict=args.strict_labels))
+    line = command.Progress("checking", len(records), of_bytes=False)
+    for i, (name, error, odd, length, learns, content) in enumerate(rows):
+        line.advance(1)
         if learns and not error and content not in seen:
             clean.append(i)
         if length:
@@ -578,11 +544,11 @@ def check(args):
         if error:
             errors.setdefault(error, []).append(name)
         seen |= {name, content}
-    report = {"records": len(inspector), "conv_mode": inspector.conv_mode, "errors": errors, "notes": notes,
+    report = {"records": len(records), "conv_mode": conv_mode, "errors": errors, "notes": notes,
               "tokens_up_to": dict(sorted(lengths.items())), "clean": len(clean)}
-    print(json.dumps(report) if args.json else check_report(report, inspector.config))
+    print(json.dumps(report) if args.json else check_report(report, config))
     if args.fix:
-        write_records(args.fix, (add_tag(inspector.records[i]) for i in clean))
+        write_records(args.fix, (add_tag(records[i]) for i in clean))
         print(f"{len(clean)} records written to {args.fix}", file=sys.stderr)
     return 1 if errors else 0
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import vision
 from kernels.attention import Packing, attend_to_cache, attention
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.elementwise import add_rms_norm, rms_norm, rotate, swiglu
 from projector import build_projector
 from vision import NEWLINE, ClipVision, ClipVisionConfig
 
@@ -161,7 +162,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_table(config, position_ids):
@@ -185,12 +186,6 @@ def rotary_table(config, position_ids):
     return angles.cos(), angles.sin()
 
 
-def rotate(x, cos, sin):
-    """Turn each pair (i, i + K/2) of x (T, H, K) by its angle."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
-
-
 class Attention(nn.Module):
     """Causal self-attention in which a group of query heads shares one key/value head (Ainslie et al. 2023)."""
 
@@ -205,7 +200,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, packing, cache=None):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rotary), rotate(k, *rotary)  # (T, H, K), (T, H/G, K)
+        q, k = rotate(q, k, *rotary)  # (T, H, K), (T, H/G, K)
         if cache is not None:
             cache.write(self.layer, k, v)
         if cache is not None and cache.decoding:
@@ -225,7 +220,7 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -239,8 +234,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, rotary, packing, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, packing, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended, norm = self.self_attn(self.input_layernorm(x), rotary, packing, cache), self.post_attention_layernorm
+        x, normed = add_rms_norm(x, attended, norm.weight, norm.eps)
+        return x + self.mlp(normed)
 
 
 class LlamaModel(nn.Module):
@@ -313,7 +309,8 @@ class Llava(nn.Module):
     """Tower, projector and language model. Without `config.vision` only the last: a blind LLaVA is a text model.
 
     A batch is any object with input_ids (T,), labels (T,), position_ids (T,), cu_seqlens (B+1,), image_sizes, a list of
-    P (height, width), and pixel_values (views, 3, S, S), the views of one picture after those of another. Each picture
+    P (height, width), and pixel_values (views, 3, S, S), the views of one picture after those of another, or in their
+    place what the tower has said of them (training/features.py), (views, N, width of the tower). Each picture
     owns config.tokens_of(size) consecutive places of input_ids, marked IMAGE_TOKEN_INDEX.
     """
 
@@ -326,19 +323,22 @@ class Llava(nn.Module):
             self.vision_tower = ClipVision(config.vision, depth)
             self.mm_projector = build_projector(
                 config.mm_projector_type, config.vision.hidden_size, config.text.hidden_size)
-            vision.check_merge(config.mm_patch_merge_type, config.mm_vision_select_feature)
+            vision.check_views(config.image_aspect_ratio, config.mm_patch_merge_type, config.mm_vision_select_feature)
             if config.mm_patch_merge_type == "spatial_unpad":
                 newline = nn.Parameter(torch.empty(config.text.hidden_size))
                 self.image_newline = nn.init.normal_(newline, std=config.text.hidden_size**-0.5)
         self.language_model = Llama(config.text)
 
-    def view_features(self, pixel_values):
-        """(views, 3, S, S) -> (views, N, D): what the language model can read of them."""
+    def tower_features(self, pixel_values):
+        """(views, 3, S, S) -> (views, N, width of the tower): what the tower says of them."""
         frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             x = self.vision_tower(pixel_values)
-        if self.config.mm_vision_select_feature == "patch":
-            x = x[:, 1:]
+        return x[:, 1:] if self.config.mm_vision_select_feature == "patch" else x
+
+    def view_features(self, pixel_values):
+        """Pixels, or what the tower has said of them -> (views, N, D): what the language model can read of them."""
+        x = pixel_values if pixel_values.dim() == 3 else self.tower_features(pixel_values)
         return self.mm_projector(x.to(self.language_model.model.embed_tokens.weight.dtype))
 
     def arrange(self, features, image_sizes):

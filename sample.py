@@ -21,8 +21,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+from formats import adapter as adapters
 from formats import command, templates
-from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Cache, rotate
+from kernels import choice
+from kernels.elementwise import rotate
+from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Cache
 from tokenizer import IMAGE_TAG, TextStream
 from vision import NEWLINE, join_tiles, open_picture, unpad
 from weights import load
@@ -148,15 +151,10 @@ def encode(loaded, request):
         messages = [(role, templates.show_pictures(loaded.conv_mode, text, loaded.config.mm_use_im_start_end))
                     for role, text in messages]
     rendered = templates.render(loaded.conv_mode, messages, loaded.tokenizer, open=True)
-    if request.images:
-        ids, _ = data.encode_prompt(rendered.prompt, loaded.tokenizer, rendered.bos)
-    else:  # without a picture the tag is mere text
-        ids = loaded.tokenizer.encode(rendered.prompt, rendered.bos)
+    ids, _ = data.encode_prompt(rendered.prompt, loaded.tokenizer, rendered.bos, shows=bool(request.images))
     if ids.count(IMAGE_TOKEN_INDEX) != len(request.images):
         raise ValueError(f"{len(request.images)} pictures for {ids.count(IMAGE_TOKEN_INDEX)} {IMAGE_TAG} tags; "
                          "give one picture per tag, or no tags")
-    if request.images and loaded.image_processor is None:
-        raise ValueError("this model has no vision tower and cannot look at pictures")
     example = data.Example("question", ids, [IGNORE_INDEX] * len(ids))
     pictures = [as_picture(image) for image in request.images]
     return data.put_pictures(example, pictures, loaded.image_processor, loaded.config.image_aspect_ratio)
@@ -244,8 +242,8 @@ def picture_attention(loaded, request, answer):
 
     def listen(attention, inputs):
         x, rotary = inputs[:2]
-        q, k = (rotate(proj(x).unflatten(-1, (-1, attention.head_dim)), *rotary)
-                for proj in (attention.q_proj, attention.k_proj))
+        q, k = rotate(*(proj(x).unflatten(-1, (-1, attention.head_dim))
+                        for proj in (attention.q_proj, attention.k_proj)), *rotary)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (T, H, K)
         scores = torch.einsum("whk,thk->hwt", q[writing], k).float() * attention.head_dim**-0.5
         future = torch.arange(len(x), device=x.device) > writing[:, None]
@@ -308,21 +306,31 @@ def thumbnail(sheet, rows=14):
 def main(argv=None):
     """One question from the command line, or a chat."""
     args = build_parser().parse_args(argv)
-    if args.adapter:
-        raise ValueError("--adapter is not built yet; merge the adapter into its base first")
     if args.prompt is None and (args.json or args.attention):
         raise ValueError(f"--{'json' if args.json else 'attention'} goes with one question, not a chat; give --prompt")
     if args.attention and not args.image:
         raise ValueError("--attention needs a picture: give one with --image")
+    if args.attention and not (Path(args.attention).parent.is_dir() and
+                               Path(args.attention).suffix.lower() in Image.registered_extensions()):
+        raise ValueError(f"--attention {args.attention}: expected a picture's name, like OUT.png, in an existing folder")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {args.max_new_tokens} is too small; it is 1 or more")
-    for image in args.image:
-        open_picture(image)  # a wrong path is better known before a large model is loaded
+    for image in args.image:  # a wrong path is better known before a large model is loaded
+        if not Path(image).is_file():
+            raise ValueError(f"--image {image} does not exist")
+        open_picture(image)
+    worn = args.adapter.split(",") if args.adapter else [None]
     loaded = load(args.model_name_or_path, dtype=args.dtype, device=args.device, bits=args.bits,
+                  quant_type=args.quant_type, double_quant=args.double_quant, quant_also=args.quant_also,
                   model_base=args.model_base, vision_tower=args.vision_tower,
-                  pretrain_mm_mlp_adapter=args.pretrain_mm_mlp_adapter, conv_mode=args.conv_mode)
+                  pretrain_mm_mlp_adapter=args.pretrain_mm_mlp_adapter, conv_mode=args.conv_mode,
+                  adapter=worn[-1], force=args.force)
+    for folder in worn[-2::-1]:  # each is tried on, the first stays
+        adapters.switch(loaded, folder, args.force)
+    if args.verbose:
+        print(choice.describe(loaded.model.language_model.lm_head.weight.device), file=sys.stderr)
     if args.prompt is None:
-        return chat(loaded, args)
+        return chat(loaded, args, worn)
     request = make_request(args, [("human", args.prompt)])
     answer = stream(loaded, request, quiet=args.json)
     if args.json:
@@ -350,8 +358,13 @@ def build_parser():
     parser.add_argument("--attention", metavar="OUT.png", help="write the pictures with the attended patches lit")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on a CPU")
-    parser.add_argument("--bits", type=int, default=16, help="16; 8 and 4 are not built yet")
-    parser.add_argument("--adapter", help="not built yet")
+    parser.add_argument("--bits", type=int, default=16, help="8 or 4: hold the LLM's matrices in so few bits")
+    parser.add_argument("--quant_type", default="nf4", help="what 4 bits mean: nf4 (default) or fp4")
+    parser.add_switch("--double_quant", default=True, help="with 4 bits, hold the scales in 8 (default True)")
+    parser.add_argument("--quant_also", default="", help="quantise, too: mm_projector, as the original does; lm_head")
+    parser.add_argument("--adapter", help="a LoRA folder, or several, comma-separated; a chat can switch between them")
+    parser.add_switch("--force", help="use an adapter although it was trained on another base")
+    parser.add_switch("--verbose", help="say which kernels compute: Triton's or the references (kernels/choice.py)")
     parser.add_switch("--json", help="print one JSON object and nothing else")
     return parser
 
@@ -397,8 +410,9 @@ def show_attention(loaded, request, answer, args):
     print(f"attention over the patches written to {args.attention}", file=sys.stderr)
 
 
-def chat(loaded, args):
-    """Ask and answer until an empty line; the pictures belong to the first question. Ctrl-C stops an answer."""
+def chat(loaded, args, worn):
+    """Ask and answer until an empty line; the pictures belong to the first question. Ctrl-C stops an answer; of several
+    adapters, /adapter NAME (the end of its path) puts on another one, and the chat begins anew."""
     print("Ask away; an empty line ends the chat." + (f" You show {len(args.image)} picture(s)." if args.image else ""))
     messages = []
     while True:
@@ -408,6 +422,13 @@ def chat(loaded, args):
             question = ""
         if not question:
             return 0
+        if len(worn) > 1 and question.startswith("/adapter"):
+            name = question.removeprefix("/adapter").strip().rstrip("/")
+            if found := [path for path in worn if name and f"/{path.rstrip('/')}".endswith(f"/{name}")]:
+                adapters.switch(loaded, found[0], args.force)
+                messages, loaded.conv_mode = [], args.conv_mode or loaded.conv_mode
+            print(f"[{found[0]} answers from here on]" if found else f"[/adapter and one of {', '.join(worn)}]")
+            continue
         messages.append(("human", question))
         try:
             messages.append(("gpt", stream(loaded, make_request(args, messages)).text))

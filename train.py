@@ -14,6 +14,9 @@ import resource
 import signal
 import sys
 import time
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,12 +25,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 
 import data
+import lora
+import quant
 import weights
 from formats import command, hub, templates
 from formats.layouts import read_pinpoints
+from kernels import choice
 from model import IGNORE_INDEX, Llava
-from training import checkpoint, evaluation, flags, plan
-from training.sampler import BatchOrder, words_of
+from training import checkpoint, evaluation, features, flags, plan, trackers, work
+from training.ranks import Watch
+from training.sampler import BatchOrder
 
 
 def main(argv=None):
@@ -35,34 +42,44 @@ def main(argv=None):
     args = flags.parse(argv)
     if args.plan:
         return show_plan(args)
+    if args.plot:  # the drawing stands below training, which needs it for nothing else
+        import_module("benches.plot").plot_runs([run.split(",") for run in args.plot], args.out)
+        return print(f"{', '.join(args.plot)} drawn into {args.out}")
     device, mesh = start_distributed(args)
+    watch = Watch()
     try:
-        stopped = run(args, device, mesh)
+        stopped = run(args, device, mesh, watch)
         dist.barrier()  # rank 0 may still be writing
         return 128 + stopped if stopped else 0
+    except Exception as error:
+        watch.blame(error)
+        raise
     finally:
         gc.collect()  # what is sharded must be gone before the group is, or gloo may abort the process at exit
         dist.destroy_process_group()
+        watch.stop()
 
 
-def run(args, device, mesh):
+def run(args, device, mesh, watch):
     """One whole run on this rank. -> the signal that ended it (Ctrl-C is 2, SIGTERM 15), or 0"""
     say = print if mesh.get_rank() == 0 else lambda *_, **__: None
     start, ended = checkpoint.on_first_rank(checkpoint.find, args)
     if ended:
         say(ended)
         return 0
-    loaded = build_model(args, device)
-    say(f"{flags.describe(args)}\n{describe(loaded.model, args)}")
+    torch.manual_seed(args.seed + mesh.get_rank())  # of dropout, which is to differ from rank to rank
+    loaded = build_model(args, device, mesh)
+    say(f"{flags.describe(args)}\n{describe(loaded.model, args)}" + f"\n{choice.describe(device)}" * args.verbose)
     records = data.Records(
         args.data_path, args.image_folder, loaded, args.conv_mode or loaded.conv_mode, args.model_max_length,
         args.on_bad_record, strict_labels=args.strict_labels, on_bad_image=args.on_bad_image, seed=args.seed)
-    lengths = [words_of(record) for record in records.records] if args.group_by_modality_length else None
+    lengths = records.words if args.group_by_modality_length else None
     order = BatchOrder(len(records), args.per_device_train_batch_size, args.seed, mesh.get_rank(), mesh.size(), lengths,
                        args.gradient_accumulation_steps, args.sample_order == "accelerate")
     judge = evaluation.Judge(args, loaded)
-    shard(loaded.model, mesh, args)
-    loop = Loop(args, loaded, records, order, build_optimizer(loaded.model, args), judge, mesh, device, say)
+    if args.cache_features:
+        records.load = features.Features(args, loaded, records).put
+    loop = Loop(args, loaded, records, order, build_optimizer(loaded.model, args), judge, mesh, device, say, watch)
     loop.begin(start)
     try:
         loop.run()
@@ -82,7 +99,8 @@ def run(args, device, mesh):
 
 
 def start_distributed(args):
-    """Join the ranks that torchrun started, or make a group of one. -> (device, one-dimensional mesh)"""
+    """Join the ranks that torchrun started, or make a group of one. -> (device, mesh): the ranks in a row, or with
+    --fsdp_replicas in several, each with a whole model."""
     cuda = torch.cuda.is_available() and not args.use_cpu
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -90,13 +108,30 @@ def start_distributed(args):
         torch.backends.cuda.matmul.allow_tf32 = args.tf32
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # what is offloaded is summed on the CPU
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, **alone)
-    return device, init_device_mesh(device.type, (dist.get_world_size(),))
+    rows, ranks = args.fsdp_replicas, int(os.environ.get("WORLD_SIZE", 1))
+    if ranks % rows:
+        raise ValueError(f"--fsdp_replicas {rows} does not divide {ranks} ranks; give the number of nodes, say")
+    dist.init_process_group(backend, timeout=timedelta(seconds=args.ddp_timeout), **alone)
+    sizes = {"rows": rows, "shards": ranks // rows} if rows > 1 else {"shards": ranks}
+    return device, init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def build_model(args, device):
-    """Load LLM, tower and projector, and decide what trains. Frozen parts are kept in the dtype of the computation,
-    trained ones in float32."""
+def build_model(args, device, mesh=None):
+    """Load LLM, tower and projector, and decide what trains, which the mesh divides before its numbers are read. Frozen
+    parts are kept in the dtype of the computation, trained ones in float32."""
+    def prepare(model):
+        """What weights.load does with the model before its numbers are read. -> the adapters' first numbers"""
+        new = args.lora_enable and not lora.adapted(model)
+        drawn = lora.inject(model, args.lora_target, lora_config(args), args.seed) if new else {}
+        choose_trained(model, args)
+        for p in model.parameters():
+            if p.is_floating_point() and not p.requires_grad:
+                p.data = p.data.to(getattr(torch, args.dtype))
+        quant.compute_in(model, getattr(torch, args.dtype))
+        if mesh:
+            shard(model, mesh, args)
+        return drawn
+
     hub.CACHE_DIR = args.cache_dir
     loaded = weights.load(
         args.model_name_or_path, dtype="float32", device=device, vision_tower=args.vision_tower,
@@ -106,33 +141,51 @@ def build_model(args, device):
         image_grid_pinpoints=read_pinpoints(args.image_grid_pinpoints), mm_use_im_start_end=args.mm_use_im_start_end,
         conv_mode=None if args.conv_mode == "plain" else args.conv_mode,  # plain is no conversation, and asks nothing
         pad_token=templates.PAD if args.version == "v0" else None, im_patch=args.mm_use_im_patch_token,
-        projector_seed=args.seed)
+        projector_seed=args.seed, adapter=args.lora_weight_path, force=args.force, bits=args.bits,
+        quant_type=args.quant_type, double_quant=args.double_quant, quant_also=args.quant_also, prepare=prepare,
+        offload=args.offload)
+    if loaded.lora and not args.lora_weight_path:
+        raise ValueError(f"{args.model_name_or_path} is an adapter; give its base there, and the adapter as "
+                         "--lora_weight_path, or merge the two with `python weights.py merge`")
     if loaded.model.image_newline is not None and loaded.config.image_aspect_ratio != "anyres":
         weights.say(f"WARNING: {args.model_name_or_path} has learned anyres, but trains with --image_aspect_ratio "
                     f"{loaded.config.image_aspect_ratio}: one view per picture, image_newline unused")
-    model = choose_trained(loaded.model, args)
-    for p in model.parameters():
-        if not p.requires_grad:
-            p.data = p.data.to(getattr(torch, args.dtype))
+    if args.lora_enable:
+        loaded.lora = lora_config(args)
     loaded.config.tokenizer_model_max_length = args.model_max_length
     return loaded
 
 
 def choose_trained(model, args):
     """Set requires_grad as the flags say. -> model"""
+    if args.lora_enable and not lora.adapted(model):  # which an adapter to go on from would have done
+        lora.inject(model, args.lora_target, lora_config(args), args.seed)
     model.requires_grad_(False)
     llm, learned = model.language_model, [model.vision_tower] * args.unfreeze_mm_vision_tower
-    learned += [model.mm_projector, model.image_newline] * (not args.freeze_mm_mlp_adapter)
-    if args.tune_mm_mlp_adapter:  # <im_start> and <im_end> are new words, and all words share a matrix
+    whole = not any(name.startswith("mm_projector") for name in lora.adapted(model))
+    learned += [model.mm_projector, model.image_newline] * (whole and not args.freeze_mm_mlp_adapter)
+    if args.lora_enable:
+        learned += lora.trained(model, args.lora_bias)
+        for layer in lora.adapted(model).values():
+            layer.dropout = args.lora_dropout
+    elif args.tune_mm_mlp_adapter:  # <im_start> and <im_end> are new words, and all words share a matrix
         learned += [llm.model.embed_tokens] * model.config.mm_use_im_start_end
     else:
         learned += [llm.lm_head if args.freeze_backbone else llm]
     for part in learned:
+        if isinstance(part, torch.nn.Module) and quant.quantised(part):
+            raise ValueError("what is quantised cannot be trained; learn a correction to it with --lora_enable True, "
+                             "or leave it as it is with --freeze_backbone, --tune_mm_mlp_adapter or --quant_also ''")
         if part is not None:
             part.requires_grad_(True)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing is left to train: the flags freeze every part (--tune_mm_mlp_adapter needs a tower)")
     return model
+
+
+def lora_config(args):
+    """What the --lora_* flags say."""
+    return lora.LoraConfig(args.lora_r, args.lora_alpha, args.lora_dropout, args.use_rslora)
 
 
 def show_plan(args):
@@ -149,21 +202,31 @@ def describe(model, args):
         own = [p for full, p in model.named_parameters() if full.split(".")[0] == name]
         trained = sum(p.numel() for p in own if p.requires_grad)
         size = sum(p.numel() * p.element_size() for p in own) / 1e6
-        lines.append(f"{name:16s} {sum(p.numel() for p in own):14,d} {size:9.1f}   "
-                     + (f"{trained:,d} at learning rate {peak_rate(name, args):g}" if trained else "frozen"))
+        adapted = sum(full.split(".")[0] == name for full in lora.adapted(model))
+        lines.append(f"{name:16s} {quant.count(model, name):14,d} {size:9.1f}   "
+                     + (f"{trained:,d} at learning rate {peak_rate(name, args):g}" if trained else "frozen")
+                     + f" (LoRA of rank {args.lora_r} on {adapted} matrices)" * bool(adapted))
     return "\n".join(lines)
 
 
 def shard(model, mesh, args):
-    """FSDP2: every layer is a unit, the rest of what trains another; frozen parts stay whole on every rank."""
+    """FSDP2: every layer is a unit, the rest of what trains another; frozen parts stay whole on every rank.
+
+    On a mesh of several rows (HSDP) a row divides the model, and gradients are summed over the rows, too. FSDP2 gathers
+    the layer before ahead of time in backward by itself; in forward only as far as Python runs ahead of the GPU.
+    """
     offload = fsdp.CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if args.offload else fsdp.OffloadPolicy()
     policy = fsdp.MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
     how = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
-    frozen = {p for p in model.parameters() if not p.requires_grad}
+    layers = set(model.language_model.model.layers.parameters()) if args.lora_shard_base else set()
+    frozen = {p for p in model.parameters() if not p.requires_grad} - layers
     tower = model.vision_tower.vision_model["encoder"]["layers"] if model.vision_tower is not None else []
-    for layer in [*tower, *model.language_model.model.layers]:
-        if any(p.requires_grad for p in layer.parameters()):
-            fsdp.fully_shard(layer, **how, reshard_after_forward=not args.keep_gathered)
+    units = [layer for layer in [*tower, *model.language_model.model.layers]
+             if any(p.requires_grad for p in layer.parameters())]
+    for layer in units:
+        fsdp.fully_shard(layer, **how, reshard_after_forward=not args.keep_gathered, ignored_params=frozen)
+    for layer, after in zip(units, units[1:]):
+        layer.set_modules_to_forward_prefetch([after])
     fsdp.fully_shard(model, **how, ignored_params=frozen)
     for method in ("loss", "logits", "last_logits"):
         fsdp.register_fsdp_forward_method(model, method)
@@ -203,9 +266,10 @@ def learning_rate_factor(step, total, args):
 class Loop:
     """The training loop: what it holds on to, and what it writes."""
 
-    def __init__(self, args, loaded, records, order, optimizer, judge, mesh, device, say):
+    def __init__(self, args, loaded, records, order, optimizer, judge, mesh, device, say, watch):
         self.args, self.loaded, self.model, self.records, self.order = args, loaded, loaded.model, records, order
         self.optimizer, self.judge, self.mesh, self.device, self.say = optimizer, judge, mesh, device, say
+        self.watch = watch
         self.accumulate = min(args.gradient_accumulation_steps, len(order))  # a step never needs more than one epoch
         per_epoch = len(order) // self.accumulate
         self.total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
@@ -213,6 +277,7 @@ class Loop:
         self.step, self.epoch, self.seen = 0, 0, 0  # done: steps; whole epochs; micro-batches of the epoch under way
         self.first, self.saved, self.skipped, self.mark = 0, None, 0, None  # see begin, save_checkpoint, worth_a_step
         self.interrupted, self.stopped, self.log, self.owed = 0, 0, None, args.evaluation_strategy != "no"
+        self.best = None  # evaluation so far, as evaluation.rate describes it
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.checkpointing = plan.Checkpointing(args, self.model)
         self.scaler = torch.amp.GradScaler(device.type, growth_interval=1000, enabled=args.fp16)  # DeepSpeed's interval
@@ -221,7 +286,10 @@ class Loop:
             f"({args.per_device_train_batch_size} x {self.accumulate} accumulated x {mesh.size()} ranks), "
             f"{self.total / per_epoch:.2f} epochs, {args.dtype}, seed {args.seed}, "
             f"gradients {f'clipped to a norm of {args.max_grad_norm:g}' if args.max_grad_norm else 'not clipped'}")
-        say(self.checkpointing.line)
+        self.work, (self.peak, line) = work.Work(self.model), work.peak(device, args)
+        say(f"{self.checkpointing.line}\n{line}")
+        if args.load_best_model_at_end or args.early_stopping_patience:
+            say(f"{args.metric_for_best_model} of {next(iter(judge.sets))} decides which evaluation is best")
         self.facts = {"records": len(records), "records per step": batch, "steps": self.total}
 
     def begin(self, folder):
@@ -232,6 +300,7 @@ class Loop:
             checkpoint.load(folder, self.trained, self.optimizer)
             self.step, self.epoch, self.skipped, self.owed = (state[k] for k in ("step", "epoch", "skipped", "owed"))
             self.seen = state["records"] // (self.args.per_device_train_batch_size * self.mesh.size())
+            self.best = state.get("best")
             if self.mesh.get_rank() < len(state["random"]):
                 checkpoint.set_random_state(state["random"][self.mesh.get_rank()], self.device)
             self.scaler.load_state_dict(state["scaler"])
@@ -240,6 +309,7 @@ class Loop:
         left = sum(self.due("save", step) for step in range(self.step + 1, self.total + 1))
         self.say(checkpoint.rehearse(self.args, self.loaded, self.trained, self.device, self.step, left))
         checkpoint.on_first_rank(checkpoint.settle, self.args, self.step if folder else None)
+        self.trackers = trackers.Trackers(self.args, self.step)
         self.remember()
 
     def run(self):
@@ -250,11 +320,12 @@ class Loop:
             with open(os.path.join(self.args.output_dir, "log.jsonl"), "a", encoding="utf-8") as self.log:
                 if self.owed:
                     self.evaluate()  # what the model can do before it learns, or what Ctrl-C put off
-                if self.step < self.total:
+                if not self.done:
                     self.steps()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            self.trackers.close()
 
     def steps(self):
         """Step after step: learn, log, evaluate, save."""
@@ -269,7 +340,7 @@ class Loop:
                 self.evaluate()
             if self.stopped or self.due("save", self.step):
                 self.save_checkpoint()
-            if self.stopped or self.step == self.total:
+            if self.stopped or self.done:
                 break
             accumulated, began = [], time.perf_counter()
 
@@ -294,21 +365,23 @@ class Loop:
             self.epoch, self.seen = epoch + 1, 0
 
     def forward_backward(self, batch):
-        """Add the batch's gradient. -> (its part of the step's loss, learned tokens, tokens, record ids)"""
+        """Add the batch's gradient. -> (its part of the step's loss, learned tokens, tokens, record ids, FLOP)"""
+        self.watch.tell(step=self.step + 1, ids=batch.ids)
         self.model.language_model.model.gradient_checkpointing = self.checkpointing.of(batch)
         loss, learned = self.model.loss(batch), int((batch.labels != IGNORE_INDEX).sum())
+        flop = self.work.of(batch, learned)
         if not learned:  # all was cut away or broken, as was reported: the mean over nothing is no number
             loss = loss.nan_to_num(0.0)
         loss = loss * (learned if self.args.loss_average == "tokens" else 1 / self.accumulate)
         self.scaler.scale(loss).backward()
-        return loss.detach(), learned, len(batch.input_ids), batch.ids
+        return loss.detach(), learned, len(batch.input_ids), batch.ids, flop
 
     def optimizer_step(self, accumulated, epoch, began):
         """Clip, step, and describe the step: the row of log.jsonl."""
         factor = learning_rate_factor(self.step, self.total, self.args)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        loss, learned, tokens = (self.over_ranks(sum(x[k] for x in accumulated)) for k in (0, 1, 2))
+        loss, learned, tokens, flop = (self.over_ranks(sum(x[k] for x in accumulated)) for k in (0, 1, 2, 4))
         ranks = self.mesh.size()
         self.scaler.unscale_(self.optimizer)
         if self.args.loss_average == "tokens":  # tokens were summed up, ranks were averaged
@@ -330,7 +403,8 @@ class Loop:
         seconds = time.perf_counter() - began
         row = {"step": self.step, "epoch": round(epoch, 6), "loss": loss, "grad_norm": norm,
                "learning_rate": rates if len(rates) > 1 else rates[0], "learned_tokens": learned, "tokens": tokens,
-               "seconds": seconds, "tokens_per_second": tokens / seconds, "memory_gb": peak_memory(self.device)}
+               "seconds": seconds, "tokens_per_second": tokens / seconds, "memory_gb": peak_memory(self.device),
+               "tflops": flop / seconds / ranks / 1e12}
         if self.args.log_samples:
             row["ids"] = [ids for by_rank in zip(*self.gather([x[3] for x in accumulated])) for ids in by_rank]
         return row
@@ -369,8 +443,15 @@ class Loop:
         """Note what a checkpoint of this moment needs beside its tensors; taken when a step is done as a whole."""
         records = self.seen * self.args.per_device_train_batch_size * self.mesh.size()  # of all ranks, in this epoch
         state = {"step": self.step, "epoch": self.epoch, "records": records, "skipped": self.skipped,
-                 "owed": self.owed, "scaler": self.scaler.state_dict(), "facts": self.facts, "args": vars(self.args)}
+                 "owed": self.owed, "best": self.best,
+                 "scaler": self.scaler.state_dict(), "facts": self.facts, "args": vars(self.args)}
         self.mark = state, checkpoint.random_state(self.device)
+
+    @property
+    def done(self):
+        """Whether nothing is left to do: all steps are done, or evaluations have long not become better."""
+        patience = self.args.early_stopping_patience
+        return self.step == self.total or bool(patience and self.best and self.best["since"] >= patience)
 
     def due(self, what, step):
         """Whether --save_strategy or --evaluation_strategy wants it done after a step."""
@@ -387,7 +468,8 @@ class Loop:
         try:
             tensors = checkpoint.tensors_of(self.trained, self.optimizer)
             checkpoint.save(folder, tensors, state, random_state)
-            checkpoint.on_first_rank(checkpoint.thin_out, self.args.output_dir, self.args.save_total_limit)
+            checkpoint.on_first_rank(checkpoint.thin_out, self.args.output_dir, self.args.save_total_limit,
+                                     self.args.load_best_model_at_end and self.best and self.best["step"])
             self.saved = state["step"]
             self.say(f"checkpoint written to {folder}", flush=True)
         except checkpoint.OnAllRanks as error:
@@ -428,12 +510,14 @@ class Loop:
         self.write(row)
         if row["step"] % self.args.logging_steps and row["step"] != self.total:
             return
+        self.trackers.log(row)
         left = (time.perf_counter() - self.started) / (self.step - self.first) * (self.total - self.step)
-        rate = row["learning_rate"]
+        rate, share = row["learning_rate"], f" ({row['tflops'] / self.peak:.0%})" if self.peak else ""
         self.say(f"step {self.step:>{len(str(self.total))}}/{self.total}  loss {row['loss']:.4f}  "
                  f"norm {row['grad_norm']:.3f}  lr {rate if isinstance(rate, list) else f'{rate:.2e}'}  "
                  f"{row['learned_tokens']} learned of {row['tokens']} tokens  {row['tokens_per_second']:,.0f} tok/s  "
-                 f"{1000 * row['seconds']:.0f} ms  {row['memory_gb']:.2f} GB  ETA {duration(left)}", flush=True)
+                 f"{1000 * row['seconds']:.0f} ms  {row['tflops']:.3g} TFLOP/s{share}  {row['memory_gb']:.2f} GB  "
+                 f"ETA {duration(left)}", flush=True)
 
     def write(self, row):
         if self.mesh.get_rank() == 0:
@@ -442,21 +526,40 @@ class Loop:
             self.log.flush()
 
     def evaluate(self):
-        for row in self.judge.rows(self.step):
+        kept = not self.args.load_best_model_at_end or self.step == self.total or self.due("save", self.step)
+        for number, row in enumerate(self.judge.rows(self.step)):
             self.write(row)
+            self.trackers.log(row)
             self.say(evaluation.line(row), flush=True)
+            if number == 0 and self.step and kept:  # the first file decides
+                self.best = self.gather(evaluation.rate(self.args, self.best, row))[0]
         self.owed = False
         self.remember()
+
+    def put_best(self):
+        """Put the weights of the best evaluated checkpoint in place of the last step's."""
+        best, name = self.best, self.args.metric_for_best_model
+        if best and best["step"] != self.step:
+            folder = Path(self.args.output_dir, f"checkpoint-{best['step']}")
+            if why := checkpoint.on_first_rank(checkpoint.what_is_wrong, folder):
+                return self.say(f"WARNING: {folder} had the best {name}, but is {why}; the last step is written")
+            checkpoint.load(folder, self.trained, self.optimizer)
+        self.say(f"the weights of step {best['step']} are written, of the best {name}, {best['value']:.4f}" if best else
+                 f"WARNING: no evaluation told {name}; the last step is written")
 
     def save(self):
         """Write the model; in stage 1 also, or with --save_projector_only alone, its projector. After SIGTERM there is
         little time, and the checkpoint is enough."""
         if self.stopped == signal.SIGTERM and self.saved == self.step:
             return self.say(f"stopped after step {self.step} of {self.total}; the same command goes on from there")
-        tensors = {name: p.full_tensor() if hasattr(p, "full_tensor") else p
-                   for name, p in self.model.state_dict().items()}
-        checkpoint.on_first_rank(self.write_model, tensors)
+        if self.args.load_best_model_at_end and self.done:
+            self.put_best()
+        tensors = {name: p for name, p in self.model.state_dict().items()
+                   if not self.loaded.lora or name in self.trained}
+        checkpoint.on_first_rank(self.write_model, tensors=tensors)
         state = f"stopped after step {self.step} of {self.total}" if self.stopped else f"{self.step} steps"
+        if self.done and self.step < self.total:
+            state += f" of {self.total}, since {self.best['since']} evaluations in a row were no better,"
         self.say(f"{state} in {duration(time.perf_counter() - self.started)}; written to {self.args.output_dir}")
 
     def write_model(self, tensors):
@@ -467,7 +570,7 @@ class Loop:
         if not self.args.save_projector_only:
             weights.save(self.loaded, out, tensors=tensors, max_shard_size=self.args.max_shard_size)
         with open(os.path.join(out, "trainer_state.json"), "w", encoding="utf-8") as file:
-            json.dump({"global_step": self.step, "max_steps": self.total}, file)
+            json.dump({"global_step": self.step, "max_steps": self.step if self.done else self.total}, file)
 
 
 def leave_signals(_):

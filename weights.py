@@ -13,26 +13,34 @@ transformers and vLLM load as it is, or the original's where llava-hf has no wor
     python weights.py convert SRC OUT [--to llava-hf|llava]                 another layout; SRC may be a GGUF LLaMA
     python weights.py delta apply|make --base B --delta D --target T        LLaVA 0.x as it was published
     python weights.py extract SRC OUT                                       the projector alone
+    python weights.py merge ADAPTER OUT [--base B]                          a LoRA and its base as one model
 """
 
 import contextlib
 import io
 import json
-import re
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+import kernels.lora
+import lora
+import quant
+from formats import adapter as adapters
 from formats import command, delta, files, gguf_llama, hub, inspection, layouts, processor, templates, vocabulary
+from formats.bitsandbytes import Folded, unfold
 from formats.checkpoint import open_checkpoint
 from formats.command import say
 from formats.vocabulary import EMBEDDING, HEAD
-from model import Llava, LlavaConfig
+from model import IMAGE_TOKEN_INDEX, Llava, LlavaConfig
 from projector import build_projector
 from tokenizer import Tokenizer
 from vision import ImageProcessor
@@ -48,7 +56,9 @@ class Loaded:
 
     tokenizer and image_processor are None where the folder has none; tower: name or path of the vision tower; spare:
     tower tensors that the model does not need but a saved folder does; new_projector: True if it is untrained;
-    silent_ids: ids that no answer may hold, rows of the head without a token.
+    silent_ids: ids that no answer may hold, rows of the head without a token. lora: of the adapter that the model wears
+    or trains; base: the language model's name, fingerprint: () -> what tells it from others (formats/adapter.py);
+    beside: our names of what the adapter's folder holds beside the adapter.
     """
 
     model: Llava
@@ -60,6 +70,10 @@ class Loaded:
     spare: dict = field(default_factory=dict)
     new_projector: bool = False
     silent_ids: list = field(default_factory=list)
+    lora: object = None
+    base: str = None
+    fingerprint: Callable = None
+    beside: set = field(default_factory=set)
 
 
 def pick_device(device="auto"):
@@ -76,72 +90,75 @@ def pick_dtype(dtype, device):
     """'auto' -> float32 on the CPU, bfloat16 elsewhere, float16 on GPUs older than Ampere. Names and dtypes both do."""
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.float16
     if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in known:
-        raise ValueError(f"--dtype {dtype!r} is not known; use auto, {', '.join(known)}")
-    return known[dtype]
+        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+        dtype = "float32" if device.type == "cpu" else "float16" if old else "bfloat16"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {dtype!r} is not known; use auto, float32, bfloat16, float16")
+    return getattr(torch, dtype)
 
 
 def load(path_or_hub_id, dtype="auto", device="auto", bits=16, model_base=None, vision_tower=None,
+         quant_type="nf4", double_quant=True, quant_also="",
          pretrain_mm_mlp_adapter=None, mm_projector_type=None, projector_seed=None, pad_token=None, im_patch=False,
-         **settings):
+         adapter=None, force=False, prepare=None, offload=False, **settings):
     """Load a model -> Loaded. What was found, and what was left out, is said in a line or two on stderr.
 
     path_or_hub_id: a folder in any layout of formats/layouts.py, or a Hugging Face id. dtype: auto, a name, a
     torch.dtype, or `stored`. model_base: the language model of a folder that holds only a projector. vision_tower: a
     CLIP folder or id that takes the place of the folder's own. pretrain_mm_mlp_adapter: mm_projector.bin, a
     .safetensors, or a folder with one. A new projector is made only where none is found and `mm_projector_type` or
-    `projector_seed` asks for one. pad_token: added to a tokenizer that names none; im_patch: add `<im_patch>`.
+    `projector_seed` asks for one. bits, quant_type, double_quant, quant_also: as quant.Quantisation; matrices that are
+    quantised in the folder stay so. pad_token: added to a tokenizer that names none; im_patch: add `<im_patch>`.
+    adapter: a LoRA folder for the model to wear; force: though its base was another. A LoRA folder as the path goes on
+    model_base, or on the base that it names. prepare: a function of the model that may change dtypes and divide it
+    among ranks, before a number of it is read: each rank then reads its own rows, with `offload` into the CPU's memory.
+    What it returns, {our name: tensor}, is put in, too. A model that is quantised or wears an adapter is whole by then.
     settings: fields of LlavaConfig (conv_mode, …) that go before the checkpoint's; None is not given.
     ValueError for everything that does not fit.
     """
-    if bits != 16:
-        raise ValueError(f"--bits {bits} is not supported yet; use 16")
-    given = open_checkpoint(path_or_hub_id)
-    language = find_language_model(given, model_base)
+    quantisation = quant.Quantisation(bits, quant_type, double_quant, quant_also)
+    given, base = open_checkpoint(path_or_hub_id), str(path_or_hub_id)
+    if worn := adapter or given.adapter and path_or_hub_id:
+        given, language, base = adapters.on_base(path_or_hub_id, model_base, adapter, force)
+    else:
+        language = find_language_model(given, model_base)
     config = read_config(language)
     if given is not language and given.config:
         config = replace(layouts.read_config(given.config, given.tensors, given.path), text=config.text)
-    config = replace(config, **{key: value for key, value in settings.items() if value is not None})
+    config = replace(config, **layouts.given(settings, settings))
     tower, tower_name, config.vision = find_tower(given, config, vision_tower)
-    adapter, projector = find_projector(given, config, pretrain_mm_mlp_adapter, mm_projector_type)
-    new_projector = config.vision is not None and adapter is None
-    if new_projector:
-        projector, config.mm_projector_type = new_mm_projector(given, config, mm_projector_type, projector_seed)
-    projector |= find_newline(given, adapter, config, projector_seed)
+    source, projector = find_projector(given, config, pretrain_mm_mlp_adapter, mm_projector_type, projector_seed)
+    projector |= find_newline(given, source, config, projector_seed)
     tensors = {**language.part("language_model"), **projector, **(tower.part("vision_tower") if tower else {})}
-    tokenizer, silent_ids = fit_vocabulary(tensors, config, given, language, adapter, pad_token, im_patch)
+    tokenizer, silent_ids = fit_vocabulary(tensors, config, given, language, source, pad_token, im_patch)
 
     device = pick_device(device)
     dtype = tensors[EMBEDDING].dtype if dtype == "stored" else pick_dtype(dtype, device)
     with torch.device("meta"), Blank():
-        model = Llava(config)
+        model = Llava(config).to(dtype)
     spare = take_spare(model, tensors)
-    fill(model, tensors, dtype, device, path_or_hub_id)
+    late = worn or quantisation.kind or any(isinstance(tensor, Folded) for tensor in tensors.values())
+    if prepare and not late:
+        tensors |= files.lazily(prepare(model))
+    fill(model, tensors, dtype, device, path_or_hub_id, quantisation, offload)
 
     conv_mode, why = templates.choose_conv_mode(config, tokenizer)
     loaded = Loaded(
         model, tokenizer, tower and find_image_processor(tower.path, config), config,
-        conv_mode, tower=tower_name, silent_ids=silent_ids,
-        spare={name: tensor for name, tensor in spare.items() if name != HEAD}, new_projector=new_projector)
-    unused = count_unused({"language_model": language, "vision_tower": tower, "mm_projector": adapter}, given, spare,
-                          config)
+        conv_mode, tower_name, spare, tower is not None and source is None, silent_ids, base=base,
+        fingerprint=cache(partial(adapters.fingerprint, language.tensors)))
+    if worn:
+        adapters.wear(loaded, worn)
+    if prepare and late:
+        prepare(model)
     say(f"{path_or_hub_id}: {describe(loaded)}; template {conv_mode} ({why})")
-    if unused:
-        say("  not needed and left out: " + ", ".join(f"{what} ({count} tensors)" for what, count in unused.items()))
+    say_unused({"language_model": language, "vision_tower": tower, "mm_projector": source}, given, spare, config)
     return loaded
 
 
 def find_language_model(given, model_base):
     """The checkpoint that holds the LLM: `given` itself, or model_base where `given` is a projector alone."""
-    if given.layout == "lora":
-        base = given.adapter.base or "a model that it does not name"
-        raise ValueError(f"{given.path} is a LoRA adapter of rank {given.adapter.r} for {base}; adapters are not "
-                         "applied yet: give a model that it has been merged into")
     if given.layout == "delta":
         raise ValueError(f"{given.path} holds differences to LLaMA's weights, no model; make one with `python "
                          f"weights.py delta apply --base LLAMA --delta {given.path} --target OUT`")
@@ -158,12 +175,14 @@ def find_language_model(given, model_base):
 
 def read_config(language):
     """A language model's config.json -> LlavaConfig, held against its tensors. Rows that `save` put behind the
-    vocabulary for llava-hf are taken off."""
+    vocabulary for llava-hf are taken off, and so is a head that the config ties to the embeddings."""
     config = layouts.read_config(language.config, language.tensors, language.path)
     if "unpadded_vocab_size" in language.config:
         for name in {EMBEDDING, HEAD} & language.tensors.keys():
             language.tensors[name] = language.tensors[name].rows(config.text.vocab_size)
-    layouts.check_language_model(config.text, language.tensors, language.path)
+    if config.text.tie_word_embeddings and language.tensors.pop(HEAD, None):
+        language.unused.append("the tied head")
+    layouts.check_config("language_model", config.text, language.tensors, language.path)
     return config
 
 
@@ -176,77 +195,70 @@ def find_tower(given, config, vision_tower):
     """
     own, values = given.part("vision_tower"), given.config
     named = values.get("mm_vision_tower") or values.get("vision_tower")
-    projector = given.part("mm_projector") or values.get("mm_projector_type") == "identity"
     trained = "text_config" in values or values.get("unfreeze_mm_vision_tower") or values.get("mm_vision_tower_lr")
     folder = hub.here(named) if named else None
     known = folder and layouts.read_vision_config(files.read_json(folder / "config.json"), named)
     if vision_tower is None and own and (trained or not folder):
         if named and not trained:
             say(f"{given.path}: {named}, which its config names, is not here; its own copy of the tower is taken")
-        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        vision = config.vision or known or layouts.vision_config_of_shapes(shapes)
-        layouts.check_tower(vision, own, given.path)
-        return given, named or str(given.path), vision
-    if vision_tower is None and not projector and not named:
-        return None, None, None
-    name = vision_tower or named
-    width = next((tensor.shape[1] for tensor in given.part("mm_projector").values() if len(tensor.shape) == 2), None)
-    if name is None and width == 1024:
-        name = "openai/clip-vit-large-patch14"
-        say(f"{given.path} names no vision tower; LLaVA's first one is taken, {name}")
-    if name is None:
-        raise ValueError(f"{given.path} has a projector but names no vision tower; name one with --vision_tower")
-    tower = open_checkpoint(name)
-    vision = layouts.read_vision_config(tower.config, tower.path)
-    layouts.check_tower(vision, tower.tensors, tower.path)
-    before = config.vision or known
-    if before and before.num_patches != vision.num_patches:
+        tower, name = given, named or given.path
+        vision = config.vision or known or layouts.vision_config_of_shapes({key: own[key].shape for key in own})
+    else:
+        name = vision_tower or named
+        if name is None and not given.part("mm_projector") and values.get("mm_projector_type") != "identity":
+            return None, None, None
+        if name is None and layouts.projector_type(given.part("mm_projector"))[1:2] == (1024,):
+            name = "openai/clip-vit-large-patch14"
+            say(f"{given.path} names no vision tower; LLaVA's first one is taken, {name}")
+        if name is None:
+            raise ValueError(f"{given.path} has a projector but names no vision tower; name one with --vision_tower")
+        tower = open_checkpoint(name)
+        vision = layouts.read_vision_config(tower.config, tower.path)
+    layouts.check_config("vision_tower", vision, tower.tensors, tower.path)
+    before = config.vision or known or vision
+    if before.num_patches != vision.num_patches:
         say(f"WARNING: {given.path} knows pictures of {before.image_size} pixels, {before.num_patches} tokens each; "
             f"the vision tower {name} takes {vision.image_size} pixels, {vision.num_patches} tokens each")
     return tower, str(name), vision
 
 
-def find_projector(given, config, adapter, kind):
-    """-> (Checkpoint that the projector comes from, or None; {our name: tensor}). Sets config.mm_projector_type.
-
-    The type follows from the tensors' names; ValueError if `kind`, the config or the widths on both sides disagree.
-    """
+def find_projector(given, config, adapter, kind, seed):
+    """-> (Checkpoint that the projector comes from, or None for a new one or none; {our name: tensor}). The type, which
+    config.mm_projector_type becomes, follows from the tensors' names.
+    ValueError if `kind`, the config or the widths on both sides disagree, or a new one is not asked for."""
     source = given if adapter is None else open_checkpoint(adapter)
-    tensors = source.part("mm_projector")
+    if config.vision is None and adapter:
+        raise ValueError(f"{adapter} needs a vision tower; name one with --vision_tower")
     if config.vision is None:
-        if adapter:
-            raise ValueError(f"{adapter} needs a vision tower; name one with --vision_tower")
         return None, {}
-    says = kind or source.config.get("mm_projector_type")
+    tensors, says = source.part("mm_projector"), kind or source.config.get("mm_projector_type")
     if not tensors and says != "identity":
         if adapter:
             raise ValueError(f"{adapter} holds no projector; expected tensors named model.mm_projector.*")
-        return None, {}
-    found = layouts.projector_type(tensors)
+        return None, new_mm_projector(given, config, kind, seed)
+    found, *widths = layouts.projector_type(tensors)
     if says not in (None, found):
         raise ValueError(f"{source.path} holds a projector of type {found}, not {says}; correct "
                          + ("--mm_projector_type" if kind else "mm_projector_type in config.json"))
     config.mm_projector_type = found
-    shapes = [tensors[name].shape for name in sorted(tensors) if name.endswith("weight")]
-    widths = (shapes[0][1], shapes[-1][0]) if shapes else (config.vision.hidden_size, config.vision.hidden_size)
-    for width, wanted, what in ((widths[0], config.vision.hidden_size, "the vision tower's"),
-                                (widths[1], config.text.hidden_size, "the language model's")):
-        if width != wanted:
+    widths = widths or 2 * [config.vision.hidden_size]
+    for width, part, what in zip(widths, (config.vision, config.text), ("the vision tower's", "the language model's")):
+        if width != (wanted := part.hidden_size):
             raise ValueError(f"the projector of {source.path} maps width {widths[0]} to {widths[1]}, but {what} width "
                              f"is {wanted}; use parts that belong together")
     return source, tensors
 
 
 def new_mm_projector(given, config, kind, seed):
-    """An untrained projector with torch's own initialisation, as the original's -> ({our name: tensor}, its type)."""
+    """{our name: tensor} of an untrained projector, initialised as torch does, as the original's. Sets its type."""
     if kind is None and seed is None:
         raise ValueError(f"{given.path} has no projector; give one with --pretrain_mm_mlp_adapter, or train one")
-    kind = kind or "linear"
+    config.mm_projector_type = kind = kind or "linear"
     with torch.random.fork_rng(devices=[]):
         torch.seed() if seed is None else torch.manual_seed(seed)
         module = build_projector(kind, config.vision.hidden_size, config.text.hidden_size)
     say(f"{given.path} has no projector: a new {kind} one is made, untrained, from seed {seed}")
-    return {f"mm_projector.{name}": files.lazy(tensor) for name, tensor in module.state_dict().items()}, kind
+    return {f"mm_projector.{name}": files.lazy(tensor) for name, tensor in module.state_dict().items()}
 
 
 def find_newline(given, adapter, config, seed):
@@ -267,9 +279,7 @@ def find_newline(given, adapter, config, seed):
 
 def fit_vocabulary(tensors, config, given, language, projector, pad_token=None, im_patch=False):
     """Make embeddings, head, tokenizer and config agree (formats/vocabulary.py), `tensors` and `config` in place.
-
-    projector: the Checkpoint it comes from, or None. -> (Tokenizer or None, the ids that no answer may hold)
-    """
+    projector: the Checkpoint it comes from, or None. -> (Tokenizer or None, the ids that no answer may hold)"""
     text, where = config.text, language.path
     tokenizer = inspection.find_tokenizer(where)
     if tokenizer is None:
@@ -279,7 +289,7 @@ def fit_vocabulary(tensors, config, given, language, projector, pad_token=None, 
     rows = text.vocab_size
     tokens = vocabulary.missing_tokens(tokenizer, given.config, config.mm_use_im_start_end, rows, pad_token, im_patch)
     if tokens:
-        tokenizer = inspection.find_tokenizer(where, tokens)
+        tokenizer.add_tokens(tokens)
     if tokens and len(tokenizer) > rows:
         trained = projector and projector.layout == "projector" and projector.tensors.get(EMBEDDING)
         vocabulary.add_rows(tensors, tokens, trained or None, len(tokenizer), where)
@@ -299,38 +309,51 @@ class Blank(TorchFunctionMode):
 
 
 def take_spare(model, tensors):
-    """Take out of `tensors`, and return, what the model as configured does not compute with: tower layers behind the
-    selected one and the norm behind them; the head of a file whose config ties it to the embeddings."""
-    config, spare = model.config, {}
-    for name in tensors.keys() - dict(model.named_parameters()).keys():
-        layer = re.fullmatch(r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\..+", name)
-        if ((layer and int(layer[1]) < config.vision.num_hidden_layers) or "vision_model.post_layernorm." in name
-                or (name == HEAD and config.text.tie_word_embeddings)):
-            spare[name] = tensors.pop(name)
-    return spare
+    """Take out of `tensors`, and return, what the model does not compute with: the tower's layers behind the selected
+    one, and the norm behind them."""
+    if model.vision_tower is None:
+        return {}
+    built, layers = len(model.vision_tower.vision_model["encoder"]["layers"]), model.config.vision.num_hidden_layers
+    behind = ("post_layernorm.", *(f"encoder.layers.{i}." for i in range(built, layers)))
+    behind = tuple(f"vision_tower.vision_model.{name}" for name in behind)
+    return {name: tensors.pop(name) for name in list(tensors) if name.startswith(behind)}
 
 
-def fill(model, tensors, dtype, device, where):
+def fill(model, tensors, dtype, device, where, quantisation, offload=False):
     """Give every parameter of a model on the meta device its tensor: each used once, each filled once, shapes equal.
-
     A tensor that needs no cast is the file's own pages on the CPU; others are cast while they are read, so that memory
-    holds the model and some megabytes more.
-    """
-    parameters = dict(model.named_parameters())
-    shapes = {}
-    for name in parameters.keys() & tensors.keys():
-        if tensors[name].shape != parameters[name].shape:
-            shapes.setdefault((tuple(tensors[name].shape), tuple(parameters[name].shape)), []).append(name)
-    complaints = [f"{what}: {files.list_names(names)}" for what, names in (
-        ("missing", parameters.keys() - tensors.keys()), ("no place in this model", tensors.keys() - parameters.keys()),
-        *((f"{found}, expected {wanted}", names) for (found, wanted), names in sorted(shapes.items()))) if names]
-    if complaints:
-        raise ValueError(f"{where}: config.json and weights do not agree: {'; '.join(complaints)}")
-    with ThreadPoolExecutor(4) as threads:  # some wait for the disk while others cast
-        filled = threads.map(lambda name: nn.Parameter(tensors[name].to(dtype).read().to(device)), parameters)
-        for name, parameter in zip(parameters, filled):
+    holds the model and some megabytes more. What is to be quantised is, one matrix after the other. Of a parameter that
+    is divided among ranks this one reads its rows."""
+    parameters, wrong = dict(model.named_parameters()), {}
+    for name in parameters.keys() | tensors.keys():
+        found, wanted = (tuple(side[name].shape) if name in side else None for side in (tensors, parameters))
+        if found != wanted:
+            what = "missing" if found is None else f"{found}, expected {wanted}" if wanted else "no place in this model"
+            wrong.setdefault(what, []).append(name)
+    if wrong:
+        complaints = "; ".join(f"{what}: {files.list_names(names)}" for what, names in sorted(wrong.items()))
+        raise ValueError(f"{where}: config.json and weights do not agree: {complaints}")
+
+    def made(name):
+        tensor, p, module = tensors[name], parameters[name], name.rpartition(".")[0]
+        if isinstance(tensor, Folded):
+            return quant.QuantisedLinear(tensor.shape, tensor.kind, tensor.parts(), dtype).to(device)
+        if name.endswith(".weight") and quantisation.wants(module, model.get_submodule(module)):
+            return quantisation.linear(tensor.read(), dtype).to(device)
+        if not hasattr(p, "device_mesh"):
+            return nn.Parameter(tensor.to(p.dtype).read().to(device), p.requires_grad)
+        own, = p.__create_chunk_list__()  # of a DTensor: where this rank's part begins, and its size
+        rows = tensor.rows(own.sizes[0], own.offsets[0]).to(p.dtype).read().to("cpu" if offload else device)
+        part = p.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+        return nn.Parameter(part, p.requires_grad)
+
+    with ThreadPoolExecutor(1 if quantisation.kind else 4) as threads:  # some wait for the disk while others cast
+        for name, part in zip(parameters, threads.map(made, parameters)):
             module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, parameter)
+            if isinstance(part, nn.Module):
+                model.set_submodule(module, part)
+            else:
+                setattr(model.get_submodule(module), leaf, part)
     if model.config.text.tie_word_embeddings:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
@@ -338,11 +361,8 @@ def fill(model, tensors, dtype, device, where):
 
 def find_image_processor(folder, config):
     """The tower's ImageProcessor, from preprocessor_config.json or (transformers 5) inside processor_config.json."""
-    side, values = config.vision.image_size, {}
-    if (folder / "preprocessor_config.json").exists():
-        values = files.read_json(folder / "preprocessor_config.json")
-    elif (folder / "processor_config.json").exists():
-        values = files.read_json(folder / "processor_config.json").get("image_processor", {})
+    side, values = config.vision.image_size, files.read_json(folder / "preprocessor_config.json", missing={})
+    values = values or files.read_json(folder / "processor_config.json", missing={}).get("image_processor")
     processor = ImageProcessor.from_dict(values or {"size": side})
     if processor.crop_size != side:
         say(f"WARNING: {folder} makes pictures of {processor.crop_size} pixels, its tower takes {side}: {side} it is")
@@ -350,29 +370,30 @@ def find_image_processor(folder, config):
     return replace(processor, image_grid_pinpoints=config.pinpoints if config.image_aspect_ratio == "anyres" else None)
 
 
-def count_unused(sources, given, spare, config):
-    """-> {what: number of tensors} that the files hold and the model does not: known kinds and replaced parts."""
+def say_unused(sources, given, spare, config):
+    """Say what the files hold and the model does not: known kinds, replaced parts. sources: {part: its Checkpoint}"""
     checkpoints = {id(checkpoint): checkpoint for checkpoint in (given, *sources.values()) if checkpoint}.values()
     counts = Counter(what for checkpoint in checkpoints for what in checkpoint.unused)
-    for name in spare:
-        counts["the tied head" if name == HEAD else "tower layers behind the selected one"] += 1
+    counts["tower layers behind the selected one"] = len(spare)
     for checkpoint in checkpoints:
         if NEWLINE in checkpoint.tensors and config.mm_patch_merge_type != "spatial_unpad":
             counts[f"{NEWLINE} of {checkpoint.path}"] = 1
         for part, source in sources.items():
-            if source is not checkpoint and checkpoint.part(part):
-                counts[f"{part} of {checkpoint.path}"] = len(checkpoint.part(part))
-    return counts
+            counts[f"{part} of {checkpoint.path}"] = len(checkpoint.part(part)) if source is not checkpoint else 0
+    if counts := +counts:  # without zeros
+        say("  not needed and left out: " + ", ".join(f"{what} ({count} tensors)" for what, count in counts.items()))
 
 
 def describe(loaded):
     """One line: parameters by part, dtype, device, tokens per picture."""
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in loaded.model.named_children()}
+    parts = {name: quant.count(part) for name, part in loaded.model.named_children()}
     weight = loaded.model.language_model.model.embed_tokens.weight
     sizes = ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in parts.items())
     views = "view" if loaded.config.image_aspect_ratio == "anyres" else "picture"
     tokens = f", {loaded.config.image_tokens} tokens per {views}" if loaded.config.vision else ""
-    return f"{sizes} parameters, {str(weight.dtype).removeprefix('torch.')} on {weight.device}{tokens}"
+    worn = f", LoRA of rank {loaded.lora.r}" if loaded.lora else ""
+    return (f"{sizes} parameters, {str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+            f"{quant.describe(loaded.model)}{worn}{tokens}")
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -383,17 +404,14 @@ def save(loaded, folder, layout="auto", tensors=None, dtype=None, max_shard_size
     """Write a folder that `load`, transformers and vLLM read as it is.
 
     layout: llava-hf, llava (the original's) or auto: llava-hf if it has words for the projector. A language model alone
-    is written as a plain LLaMA. tensors: {our name: tensor} instead of the model's own (gathered from many ranks);
+    is written as a plain LLaMA. tensors: {our name: tensor or LazyTensor} instead of the model's own;
     dtype: cast to it; max_shard_size: bytes of one weight file. Tower tensors that the model left out are copied.
-    overwrite: the folder may hold something; check: read all of it again before it is called written. Nothing is left
-    half written.
+    overwrite: the folder may hold something; check: read all of it again before it is called written, or a function
+    (folder, tensors) that does. Nothing is left half written.
     """
     tensors, contents, layout, stored = lay_out(loaded, layout, tensors, dtype)
-    with files.new_folder(folder, overwrite) as temporary:
-        files.write_tensors(temporary, tensors, max_shard_size)
-        files.write_files(temporary, contents)
-        if check:
-            read_again(temporary, tensors)
+    write = adapters.write_folder if loaded.lora else files.write_folder
+    write(folder, tensors, contents, max_shard_size, overwrite, read_again if check is True else check or None)
     say(f"written to {folder}: {layout} layout, {stored}" + (", read again and found equal" if check else ""))
 
 
@@ -403,18 +421,21 @@ def lay_out(loaded, layout="auto", tensors=None, dtype=None):
     -> ({name in the file: tensor or LazyTensor}, {file: bytes or what becomes JSON}, name of the layout, of the dtype)
     """
     config = replace(loaded.config, conv_mode=loaded.conv_mode)
-    layout = pick_layout(config, layout)
     tensors = dict(loaded.model.state_dict() if tensors is None else tensors)
+    if loaded.lora:
+        return adapters.lay_out(loaded, tensors, config)
+    layout = pick_layout(config, layout)
     if config.text.tie_word_embeddings:
         tensors.pop(HEAD, None)
     stored = dtype or tensors[EMBEDDING].dtype
     tensors |= {name: tensor.to(stored) for name, tensor in loaded.spare.items()}
-    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(dtype) if dtype and tensor.dtype.is_floating_point else tensor
+               for name, tensor in tensors.items()}
+    quantised = unfold(loaded.model, tensors)
     stored = str(stored).removeprefix("torch.")
 
     contents = loaded.tokenizer.folder_files if loaded.tokenizer else {}
-    ids = {key: getattr(config.text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    contents["generation_config.json"] = {key: value for key, value in ids.items() if value is not None}
+    contents["generation_config.json"] = layouts.given(vars(config.text), layouts.TOKEN_IDS)
     if config.vision is None:
         contents["config.json"] = layouts.llama_config(config, stored)
     else:
@@ -428,10 +449,12 @@ def lay_out(loaded, layout="auto", tensors=None, dtype=None):
     elif config.vision is not None:
         rows = processor.remove_image_token(contents) or config.text.vocab_size
         for name in {EMBEDDING, HEAD} & tensors.keys():
-            tensors[name] = tensors[name][:rows]
+            tensors[name] = files.lazy(tensors[name]).rows(rows)
         config = replace(config, text=replace(config.text, vocab_size=rows))
         values = layouts.llava_config(config, loaded.tower, stored)
         contents["config.json"] = values | {"unfreeze_mm_vision_tower": True}
+    if quantised:
+        contents["config.json"]["quantization_config"] = quantised
     named = {layouts.file_name(name, layout): tensor for name, tensor in tensors.items()}
     return named, contents, "plain LLaMA" if config.vision is None else layout, stored
 
@@ -445,72 +468,69 @@ def read_again(folder, tensors):
 
 def make_room_for_image_token(contents, tensors, tokenizer):
     """llava-hf looks `<image>` up before it puts the features there: give it an id and the vocabulary a row for it.
-
     Changes both in place -> (id of `<image>`, rows). Rows are added up to a multiple of 64, as published, all the mean
-    of the others, so that none ever scores best; generation_config.json suppresses them besides.
-    """
-    vocabulary = len(tensors[EMBEDDING])
-    image_token_id = processor.add_image_token(contents, len(tokenizer) if tokenizer else vocabulary)
-    if image_token_id < vocabulary:
-        return image_token_id, vocabulary
+    of the others, so that none ever scores best; generation_config.json suppresses them besides."""
+    size = tensors[EMBEDDING].shape[0]
+    image_token_id = processor.add_image_token(contents, len(tokenizer) if tokenizer else size)
+    if image_token_id < size:
+        return image_token_id, size
     rows = -(-(image_token_id + 1) // 64) * 64
     for name in {EMBEDDING, HEAD} & tensors.keys():
-        weight = tensors[name]
-        mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
-        tensors[name] = torch.cat([weight, mean.expand(rows - vocabulary, -1)])  # (rows, D)
-    contents["generation_config.json"]["suppress_tokens"] = list(range(vocabulary, rows))
+        tensors[name] = vocabulary.grow(files.lazy(tensors[name]), rows)
+    contents["generation_config.json"]["suppress_tokens"] = list(range(size, rows))
     return image_token_id, rows
 
 
 def save_projector(loaded, folder, tensors=None):
     """Write what stage 1 learned as the original does: mm_projector.bin (`model.mm_projector.*`, and the embeddings if
     <im_start> and <im_end> are among them) and config.json.
-
-    tensors: as in `save`. (LLAVA.md 6.8.)
-    """
+    tensors: as in `save`. (LLAVA.md 6.8.)"""
     tensors = loaded.model.state_dict() if tensors is None else tensors
     kind = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     config = layouts.llava_config(replace(loaded.config, conv_mode=loaded.conv_mode), loaded.tower, kind)
-    learned = ("mm_projector.", NEWLINE) + (EMBEDDING,) * loaded.config.mm_use_im_start_end
-    with files.new_folder(folder, replace=True) as temporary:
-        torch.save({layouts.file_name(name, "llava"): tensor.detach().cpu().clone() for name, tensor in tensors.items()
-                    if name.startswith(learned)}, temporary / "mm_projector.bin")
-        files.write_files(temporary, {"config.json": config | {"tune_mm_mlp_adapter": True}})
+    write_projector(folder, tensors, config, overwrite=True)
+
+
+def write_projector(out, tensors, config, overwrite, single=False):
+    """mm_projector.bin and config.json in a folder, or the one file alone: what belongs into it of {our name: tensor},
+    under the original's names, read again and compared. -> those names"""
+    learned = ("mm_projector.", NEWLINE) + (EMBEDDING,) * bool(config.get("mm_use_im_start_end"))
+    named = {layouts.file_name(name, "llava"): tensor for name, tensor in tensors.items() if name.startswith(learned)}
+    with (files.new_file if single else files.new_folder)(out, overwrite) as temporary:
+        files.write_file(temporary if single else temporary / "mm_projector.bin", named)
+        if not single:
+            files.write_files(temporary, {"config.json": config | {"tune_mm_mlp_adapter": True}})
+    return list(named)
 
 
 def pick_layout(config, layout):
     """'auto' -> llava-hf, or llava where llava-hf has no words for the projector, which is said."""
     if layout not in ("auto", "llava-hf", "llava"):
         raise ValueError(f"layout {layout!r} is not known; use auto, llava-hf or llava")
-    if config.vision is None:
-        if layout != "auto":
-            raise ValueError(f"a language model without a vision tower has no {layout} layout; leave --to out")
-        return "llava"  # its names without projector and tower are LLaMA's
-    lacks = layouts.llava_hf_lacks(config)
-    if lacks is None:
-        return "llava-hf" if layout == "auto" else layout
-    if layout == "llava-hf":
+    if config.vision is None and layout != "auto":
+        raise ValueError(f"a language model without a vision tower has no {layout} layout; leave --to out")
+    lacks = config.vision and layouts.llava_hf_lacks(config)
+    if lacks and layout == "llava-hf":
         raise ValueError(f"llava-hf has no words for {lacks}; write the original's layout (--to llava)")
-    if layout == "auto":
+    if lacks and layout == "auto":
         say(f"llava-hf has no words for {lacks}; written is the original's layout")
-    return "llava"
+    plain = config.vision is None  # the original's names without projector and tower are LLaMA's
+    return "llava" if lacks or plain or layout == "llava" else "llava-hf"
 
 
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def convert(source, out, layout="auto", max_shard_size=files.SHARD_BYTES, overwrite=False):
-    """Any folder that `load` reads, or a GGUF LLaMA -> a folder in a public layout; tensors keep their dtype."""
+def convert(source, out, layout="auto", max_shard_size=files.SHARD_BYTES, overwrite=False, bits=16):
+    """Any folder that `load` reads, or a GGUF LLaMA -> a folder in a public layout; tensors keep their dtype, or with
+    `bits` 4 or 8 the LLM's matrices are quantised."""
     if Path(source).suffix != ".gguf":
-        loaded = load(source, dtype="stored", device="cpu")
+        loaded = load(source, dtype="stored", device="cpu", bits=bits)
         return save(loaded, out, layout, max_shard_size=max_shard_size, overwrite=overwrite, check=True)
-    if layout != "auto":
-        raise ValueError(f"{source} is a language model; it becomes a plain LLaMA folder, leave --to out")
+    if layout != "auto" or bits != 16:
+        raise ValueError(f"{source} is a language model; it becomes a plain LLaMA folder, leave --to and --bits out")
     tensors, contents = gguf_llama.read(source)
-    with files.new_folder(out, overwrite) as temporary:
-        files.write_tensors(temporary, tensors, max_shard_size)
-        files.write_files(temporary, contents)
-        read_again(temporary, tensors)
+    files.write_folder(out, tensors, contents, max_shard_size, overwrite, read_again)
     say(f"written to {out}: plain LLaMA layout, {sum(t.numel() for t in tensors.values()) / 1e6:,.2f} M parameters, "
         "read again and found equal")
 
@@ -521,24 +541,79 @@ def extract(source, out, overwrite=False):
     As the original's extract_mm_projector: its names, and with <im_start> and <im_end> the embeddings (LLAVA.md 6.8).
     """
     checkpoint = open_checkpoint(source)
-    config, out = checkpoint.config, Path(out)
-    if not checkpoint.part("mm_projector"):
+    config, projector = checkpoint.config, checkpoint.part("mm_projector")
+    if not projector:
         raise ValueError(f"{source} holds no projector; expected a LLaVA, or what its stage 1 has written")
-    parts = ("mm_projector.", "image_newline") + ((EMBEDDING,) if config.get("mm_use_im_start_end") else ())
-    tensors = {layouts.file_name(name, "llava"): tensor for name, tensor in checkpoint.tensors.items()
-               if name.startswith(parts)}
-    if out.suffix in (".bin", ".safetensors"):
-        with files.new_file(out, overwrite) as temporary:
-            files.write_file(temporary, tensors)
-    else:
-        if "text_config" in config:  # llava-hf's; projectors are known with the original's
-            values = layouts.read_config(config, checkpoint.tensors, checkpoint.path)
-            dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-            config = layouts.llava_config(values, config.get("mm_vision_tower", str(source)), dtype)
-        with files.new_folder(out, overwrite) as temporary:
-            files.write_file(temporary / "mm_projector.bin", tensors)
-            files.write_files(temporary, {"config.json": config | {"tune_mm_mlp_adapter": True}})
-    say(f"written to {out}: {', '.join(tensors)}, read again and found equal")
+    if "text_config" in config:  # llava-hf's; projectors are known with the original's
+        values = layouts.read_config(config, checkpoint.tensors, checkpoint.path)
+        dtype = str(next(iter(projector.values())).dtype).removeprefix("torch.")
+        config = layouts.llava_config(values, config.get("mm_vision_tower", str(source)), dtype)
+    single = Path(out).suffix in (".bin", ".safetensors")
+    names = write_projector(out, checkpoint.tensors, config, overwrite, single)
+    say(f"written to {out}: {', '.join(names)}, read again and found equal")
+
+
+def merge(adapter, out, base=None, onto=None, dtype=None, force=False, **how):
+    """W + s B A for every matrix that an adapter corrects, one at a time, and all else as it is -> a whole model.
+
+    base: None is the one that the adapter names. onto: for a base that is quantised, or was in training: `original`,
+    its weights before that, or `dequantised`, what the adapter saw. dtype: None is the base's. how: as in `save`. Said
+    is what rounding takes of the correction, and how far the logits are from those of base and adapter.
+    ValueError, and nothing is written: `onto` is missing, or the logits are those of another model.
+    """
+    worn, config = adapters.open_adapter(adapter)
+    seen = worn.config.get(adapters.QUANTISATION, {})
+    loaded = load(base or adapter, "stored", "cpu", adapter=base and adapter, force=force,
+                  **(seen if onto == "dequantised" else {}))
+    model, held, lost = loaded.model, quant.quantised(loaded.model), []
+    if (held or seen) and onto != "dequantised" and (held or onto != "original"):
+        raise ValueError(f"{adapter} was trained on a base that was quantised; say what to merge into: --onto "
+                         "dequantised is what it saw" + ", --onto original the weights before that" * (not held))
+    dtype = pick_dtype(dtype or model.language_model.model.embed_tokens.weight.dtype, torch.device("cpu"))
+    new = {name: worn.adapter.modules.get(f"{name}.weight") for name in held.keys() | lora.adapted(model).keys()}
+    tensors = {name: p for name, p in model.state_dict().items() if name.endswith("bias") or
+               name.rpartition(".")[0] not in new}
+    def merged(layer, pair):
+        weight = getattr(layer, "linear", layer).weight.detach()
+        if pair is None:
+            return weight.to(dtype, copy=True)
+        weight, squares = kernels.lora.merge(weight, pair["lora_A"].read(), pair["lora_B"].read(), config.scale, dtype)
+        lost.append(squares)
+        return weight
+
+    for name, pair in new.items():
+        layer = model.get_submodule(name)
+        tensors[f"{name}.weight"] = files.LazyTensor(
+            torch.Size([layer.out_features, layer.in_features]), dtype, None, partial(merged, layer, pair))
+
+    def check(folder, written):
+        files.compare(folder, written)
+        with contextlib.redirect_stderr(io.StringIO()):
+            found, wanted = logits(load(folder, "stored", "cpu").model), logits(model)
+        rounding, apart = torch.tensor(lost).sum(0), (found - wanted).abs().max()
+        say(f"rounding to {dtype} takes {(rounding[0] / rounding[1]).sqrt():.2%} of the correction"
+            + "; --dtype float32 keeps it all" * (dtype != torch.float32))
+        say(f"merged and unmerged logits differ by {apart:.2g} at most (standard deviation {wanted.std():.2g}), in the "
+            f"likeliest word at {int((found.argmax(1) != wanted.argmax(1)).sum())} of {len(wanted)} places")
+        if not apart < wanted.std():
+            raise ValueError(f"{out} would be another model than base and adapter; nothing is written")
+
+    with torch.device("meta"), Blank():
+        whole = replace(loaded, model=Llava(loaded.config), lora=None)
+    save(whole, out, tensors=tensors, dtype=dtype, check=check, **how)
+
+
+@torch.no_grad()
+def logits(model):
+    """A model's scores on a few words, behind a picture of noise if it has a tower. -> (T, V) float32"""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    sizes = [[config.vision.image_size] * 2] if config.vision else []
+    ids = torch.randint(config.text.vocab_size, (32,), generator=generator)
+    ids = torch.cat([torch.full((sum(map(config.tokens_of, sizes)),), IMAGE_TOKEN_INDEX), ids])
+    pixels = torch.randn(sum(map(config.views_of, sizes)), 3, *(sizes or [[1, 1]])[0], generator=generator)
+    return model.logits(SimpleNamespace(
+        input_ids=ids, position_ids=torch.arange(len(ids)), cu_seqlens=torch.tensor([0, len(ids)]), ids=["noise"],
+        pixel_values=pixels, image_sizes=sizes))
 
 
 def main():
@@ -553,6 +628,7 @@ def main():
     converting.add_argument("source", help="a folder, a Hugging Face id, or a GGUF LLaMA")
     converting.add_argument("out", help="the folder to write; nothing of it is there before all is")
     converting.add_argument("--to", default="auto", choices=("auto", "llava-hf", "llava"), help="layout")
+    converting.add_argument("--bits", type=int, default=16, help="4 (NF4) or 8: quantise the language model's matrices")
     differing = commands.add_parser("delta", help="apply a delta to its LLaMA, or make one")
     differing.add_argument("what", choices=("apply", "make"), help="apply: base + delta = target")
     for name in ("base", "delta", "target"):  # the longer names are the original's
@@ -561,22 +637,31 @@ def main():
     extracting = commands.add_parser("extract", help="take the projector out of a whole model")
     extracting.add_argument("source", help="a folder in any layout")
     extracting.add_argument("out", help="a .bin or .safetensors file, or a folder")
-    for writing in (converting, differing):
+    merging = commands.add_parser("merge", help="a LoRA and its base -> a whole model")
+    merging.add_argument("adapter", help="a folder as PEFT, this project or the original LLaVA writes it")
+    merging.add_argument("out", help="the folder to write")
+    merging.add_argument("--base", help="the model that it corrects; default: the one that its folder names")
+    merging.add_argument("--onto", choices=("original", "dequantised"), help="which weights of a quantised base")
+    merging.add_argument("--dtype", help="of the merged model: float32, bfloat16, float16; default: the base's")
+    merging.add_switch("--force", help="merge although the adapter was trained on another base")
+    for writing in (converting, differing, merging):
         writing.add_argument("--max_shard_size", type=command.file_size, default="5GB", help="like 5GB or 200MB")
-    for writing in (converting, differing, extracting):
+    for writing in (converting, differing, extracting, merging):
         writing.add_switch("--overwrite_output_dir", help="write to a folder, or over a file, that is there already")
     args = parser.parse_args()
     if args.command == "inspect":
         report = inspection.inspect(args.path)
         print(json.dumps(report, indent=2) if args.json else inspection.describe(report, args.tensors))
     elif args.command == "convert":
-        convert(args.source, args.out, args.to, args.max_shard_size, args.overwrite_output_dir)
+        convert(args.source, args.out, args.to, args.max_shard_size, args.overwrite_output_dir, args.bits)
+    elif args.command == "merge":
+        merge(args.adapter, args.out, args.base, args.onto, args.dtype, args.force,
+              max_shard_size=args.max_shard_size, overwrite=args.overwrite_output_dir)
     elif args.command == "extract":
         extract(args.source, args.out, args.overwrite_output_dir)
-    elif args.what == "apply":
-        delta.apply(args.base, args.delta, args.target, args.max_shard_size, args.overwrite_output_dir)
     else:
-        delta.make(args.base, args.target, args.delta, args.max_shard_size, args.overwrite_output_dir)
+        combine = delta.apply if args.what == "apply" else delta.make
+        combine(args.base, args.delta, args.target, args.max_shard_size, args.overwrite_output_dir)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,23 @@ from importlib.metadata import version
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benches import loading, reading
+from benches import gpu, gpu_models, loading, quantising, reading, training
 from benches.plot import INK, PAPER, QUIET
 from formats import command
 
 ROWS = {
     "cpu": {"load": loading.load, "load_same_dtype": loading.load_same_dtype, "load_peak": loading.load_peak,
             "load_peak_same_dtype": loading.load_peak_same_dtype, "data_records": reading.records,
-            "data_memory": reading.records_memory, "data_pictures": reading.pictures},
-    "gpu": {},
+            "data_memory": reading.records_memory, "data_pictures": reading.pictures,
+            "pipeline": reading.pipeline, "startup": reading.startup, "startup_700k": reading.startup_700k,
+            "step_stage1": training.stage1,
+            "step_stage1_bf16": training.stage1_bf16, "step_full": training.full,
+            "step_full_bf16": training.full_bf16, "step_stage1_peak": training.stage1_peak,
+            "step_full_peak": training.full_peak,
+            "nf4_dequantise": quantising.dequantise, "nf4_dequantise_bf16": quantising.dequantise_bf16,
+            "nf4_dequantise_7b": quantising.dequantise_7b, "nf4_load_peak": quantising.load_peak,
+            "qlora_step": quantising.qlora_step, "qlora_step_bytes": quantising.qlora_step_bytes},
+    "gpu": gpu.ROWS | gpu_models.ROWS,
 }
 OURS, THEIRS = "#1f5fd0", "#c9ccd1"
 BEHIND = "#c2334d"
@@ -45,6 +53,9 @@ def main():
         raise ValueError(f"no {args.device} row {', '.join(unknown)}; there are {', '.join(known) or 'none yet'}")
     versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
     print(f"{machine()}; " + ", ".join(f"{name} {number}" for name, number in versions.items()), file=sys.stderr)
+    if args.device == "gpu":
+        versions |= gpu.versions()
+        print(gpu.describe(), file=sys.stderr)
     rows = []
     for name in args.rows or known:
         row = {"row": name, **known[name](args.smoke)}
@@ -60,7 +71,8 @@ def main():
 def line(row):
     """A row of the table."""
     return (f"{row['row']:22s} ours {row['ours']:8.3f} {row['unit']:3s} {row['peer_name']} {row['peer']:8.3f} "
-            f"{row['unit']:3s} {row['ratio']:6.2f}x   error {row['error']:g}")
+            f"{row['unit']:3s} {row['ratio']:6.2f}x   error {row['error']:g}"
+            + (f"   {row['share']:.0%} of the floor" if "share" in row else ""))
 
 
 def machine():

@@ -2,11 +2,13 @@
 
     python -m benches.plot out.png runs/pretrain,runs/finetune      two stages, one after the other
     python -m benches.plot out.png runs/a runs/b                    two runs, compared
+    python train.py --plot runs/a runs/b --out out.png              the same
 
-Left: the loss of every step (faint) and its course (bold). Right: the sight meter, the share of held-out questions
-answered exactly with the true picture, with another record's picture (shuffled) and with a blank one. Who answers from
-the words alone scores the same on all three; the gap between the lines is what the model sees. Everything comes from
-log.jsonl and is drawn with Pillow: three times too large, then scaled down to smooth the edges.
+Left: the loss of every step (faint), its course (bold), and that of held-out records (dashed). Right: the sight meter,
+the share of held-out questions answered exactly with the true picture, with another record's picture (shuffled) and
+with a blank one. Who answers from the words alone scores the same on all three; the gap between the lines is what the
+model sees. Everything comes from log.jsonl and is drawn with Pillow: three times too large, then scaled down to smooth
+the edges.
 """
 
 import json
@@ -52,7 +54,7 @@ def read_log(folder):
             row = json.loads(line)
             if row.get("loss") is not None:
                 losses[row["step"]] = float(row["loss"])
-            elif row.get("eval_match") is not None:
+            elif row.get("eval_loss") is not None or row.get("eval_match") is not None:
                 evaluations[row.get("eval_set"), row["step"]] = row
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path}, line {number}: expected a JSON object with a step; remove the line") from None
@@ -75,10 +77,12 @@ def read_run(stages, name, colour):
     evaluation set beside the main one, such as unseen combinations, is a dashed line that bears the set's name.
     """
     thin = tuple(round(0.22 * a + 0.78 * b) for a, b in zip(*map(ImageColor.getrgb, (colour, PAPER))))
-    losses, answers, ends, begin = [], {}, [], 0
+    losses, answers, held_out, ends, begin = [], {}, {}, [], 0
     for folder in stages:
         loss, evaluations = read_log(folder)
         for (kind, step), row in evaluations.items():
+            if row.get("eval_loss") is not None and kind == next(iter(evaluations))[0]:
+                held_out[begin + step] = row["eval_loss"]
             for key in [key for key in PICTURES if row.get(key) is not None]:
                 answers.setdefault((kind, key), {})[begin + step] = row[key]
         steps, values = begin + np.array(list(loss)), np.array(list(loss.values()))
@@ -86,6 +90,8 @@ def read_run(stages, name, colour):
         ends.append((begin, Path(folder).resolve().name))
         losses += [Curve(steps, values, thin, width=2), Curve(steps, smooth(values), colour, marks=(begin,))]
     losses[-1].label, losses[-1].marks = name or "", ()
+    if held_out:
+        losses.append(Curve(*np.array(sorted(held_out.items())).T, colour, width=2.5, dashed=True))
     main, meter = None if any(kind is None for kind, _ in answers) else next(iter(answers), (None,))[0], []
     for (kind, key), points in answers.items():
         if kind == main or key == "eval_match":
@@ -182,11 +188,12 @@ def plot_runs(runs, out_png):
     names = [Path(run[-1]).resolve().name if len(runs) > 1 else None for run in runs]
     losses, meters, ends = zip(*map(read_run, runs, names, RUNS))
     losses, meters, ends = sum(losses, []), sum(meters, []), max(ends, key=lambda ends: ends[-1][0])
-    high = 1.08 * max(curve.values.max() for curve in losses[1::2]) or 1
+    high = 1.08 * max(curve.values.max() for curve in losses if curve.width > 2) or 1
 
     sheet = Image.new("RGB", (WIDTH * ENLARGED, HEIGHT * ENLARGED), PAPER)
     panel = Panel(ImageDraw.Draw(sheet), LEFT, 620 if meters else RIGHT, ends[-1][0], high)
-    panel.axes("Training loss", "every step faint, its course bold", ends)
+    dashed = ", held-out records dashed" if any(curve.dashed for curve in losses) else ""
+    panel.axes("Training loss", "every step faint, its course bold" + dashed, ends)
     panel.curves(losses)
     if meters:
         panel = Panel(panel.draw, 860, RIGHT, ends[-1][0], 1)

@@ -5,6 +5,12 @@ original. Each runs in a process of its own, on a file of 1.3 kB per record. `me
 as by a DataLoader, holds for itself alone once it has read a quarter of the records in random order: the plain way's
 objects are copied, page by page, as they are touched.
 
+`startup`: train.py itself from its beginning to its first batch, imports, a model, a look at each record and at whether
+its picture exists included, for 300,000 records and for 700,000; CPU seconds beside the minute that we allow.
+
+`pipeline`: 200 records, one picture each, through train.py's loader with 4 workers, to pixels of 336; beside it what a
+stage-1 step of SmolLM2's shape on one core takes for as many. Seconds on the clock. Above 1, the loader waits.
+
 Pictures: a JPEG of 640 x 480 to the pixels of a tower of 336, ours and Pillow with transformers' CLIPImageProcessor,
 both padding to a square; CPU seconds of one thread for 100 pictures, medians of five.
 """
@@ -21,10 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
+import weights
+from data import Records
 from formats.records import read_records, write_records
 from vision import ImageProcessor, open_picture
 
+MINIATURE = Path(__file__).parent.parent / "miniature" / "llava"
 WORDS = "the a dog cat red ball runs through green park with small child under old tree near quiet street".split()
 
 
@@ -58,6 +68,75 @@ def made(count):
         yield {"id": f"{number:012d}", "image": f"coco/train2017/{number:012d}.jpg", "conversations": turns}
 
 
+def startup(smoke):
+    """Seconds until the first batch of 300,000 records."""
+    return until_first_batch(1000 if smoke else 300_000)
+
+
+def startup_700k(smoke):
+    """Seconds until the first batch of 700,000 records."""
+    return until_first_batch(2000 if smoke else 700_000)
+
+
+def until_first_batch(count):
+    """train.py with --group_by_modality_length, which asks for every record's length. -> a row"""
+    with tempfile.TemporaryDirectory() as folder:
+        write_records(Path(folder, "records.json"), (
+            shown(record, f"{i % 100}.jpg") for i, record in enumerate(made(count))))
+        for i in range(100):
+            Image.new("RGB", (64, 48), (i, 0, 0)).save(Path(folder, f"{i}.jpg"))
+        seconds = child("train.py", folder)["seconds"]
+    return {"ours": seconds, "peer": 60.0, "peer_name": "a minute", "unit": "s", "error": 0.0}
+
+
+def first_batch(folder):
+    """What the child does: train until the first batch has come, and leave."""
+    import train
+
+    def arrived(loop, batch):
+        assert len(batch.ids) == 4
+        raise KeyboardInterrupt
+
+    train.Loop.forward_backward = arrived
+    try:
+        train.main(["--stage", "finetune", "--use_cpu", "--model_name_or_path", str(MINIATURE), "--data_path",
+                    f"{folder}/records.json", "--image_folder", folder, "--output_dir", f"{folder}/out",
+                    "--group_by_modality_length", "--per_device_train_batch_size", "4", "--max_steps", "1",
+                    "--gradient_accumulation_steps", "1", "--model_max_length", "2048"])
+    except KeyboardInterrupt:
+        return {"seconds": time.process_time()}
+
+
+def pipeline(smoke):
+    """Seconds on the clock for 200 records."""
+    from benches.training import seconds_per_record
+    count = 20 if smoke else 200
+    loaded = weights.load(MINIATURE, dtype="float32", device="cpu")
+    loaded.image_processor = ImageProcessor(336)
+    with tempfile.TemporaryDirectory() as folder:
+        photo(Path(folder, "photo.jpg"))
+        write_records(Path(folder, "records.json"), (shown(record, "photo.jpg") for record in made(count)))
+        records = Records(f"{folder}/records.json", folder, loaded, "v1", 2048)
+        loader = DataLoader(records, 4, collate_fn=records.pack, num_workers=4)
+        began = time.perf_counter()
+        assert sum(len(batch.pixel_values) for batch in loader) == count
+        spent = time.perf_counter() - began
+    return {"ours": spent, "peer": count * seconds_per_record(smoke), "peer_name": "a stage-1 step", "unit": "s",
+            "error": 0.0}
+
+
+def shown(record, image):
+    """The record with a picture, which its first question is about."""
+    record["conversations"][0]["value"] = "<image>\n" + record["conversations"][0]["value"]
+    return {**record, "image": image}
+
+
+def photo(path):
+    """A JPEG of 640 x 480."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
 def child(who, path):
     """Read in a new process -> {"seconds", "memory" (MB), "checksum"}."""
     words = [sys.executable, "-m", "benches.reading", who, path]
@@ -69,6 +148,8 @@ def child(who, path):
 
 def measured(who, path):
     """What the child does."""
+    if who == "train.py":
+        return first_batch(path)
     began = time.perf_counter()
     if who == "ours":
         rows = read_records(path)
@@ -118,8 +199,7 @@ def pictures(smoke):
     ways, seconds = (lambda path: ours(open_picture(path)), plain), ([], [])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "photo.jpg")
-        noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
+        photo(path)
         error = (ways[0](path) - ways[1](path)).abs().max().item()
         for _ in range(1 if smoke else 5):
             for way, spent in zip(ways, seconds):

@@ -9,7 +9,6 @@ base into the delta's config.json, so that `apply` can tell another LLaMA of the
 """
 
 import hashlib
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,75 +19,64 @@ from formats.command import Progress, say
 from formats.vocabulary import EMBEDDING, HEAD
 
 CHECKSUM = "delta_base_sha256"  # key of the delta's config.json
-GROWING = (EMBEDDING, HEAD)  # (V, D), of which the target may have more rows
 
 
 def apply(base, delta, target, max_shard_size=files.SHARD_BYTES, overwrite=False):
     """base and delta -> a LLaVA in the original's layout, float16, with the delta's tokenizer. Folders or hub ids.
-
-    ValueError: not the base that the delta was made from (shapes, names, checksum), or what files.new_folder says.
-    """
+    ValueError: not the base that the delta was made from (shapes, names, checksum), or what files.new_folder says."""
     base, delta = open_checkpoint(base), open_checkpoint(delta)
     config = dict(delta.config)
     wanted = config.pop(CHECKSUM, None)
     if "mm_projector.weight" in delta.tensors and config.get("model_type") == "llama":  # LLaVA's name for itself
         config |= {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}  # came later
-    tensors = combine(base, delta, torch.add)
+    tensors = combine(base, delta, 1)
     if wanted and wanted != checksum(base):
         raise ValueError(f"{base.path} has the shapes of the base that {delta.path} was made from, but other numbers; "
                          "give --base the folder that it was made from")
     write(target, tensors, config, delta.path, max_shard_size, overwrite)
 
 
-def make(base, target, delta, max_shard_size=files.SHARD_BYTES, overwrite=False):
+def make(base, delta, target, max_shard_size=files.SHARD_BYTES, overwrite=False):
     """The reverse: base and target -> a folder `delta` that `apply` turns into target again, up to float16's rounding
     (exactly where the difference of two numbers was exact)."""
     base, target = open_checkpoint(base), open_checkpoint(target)
     if "text_config" in target.config:
         raise ValueError(f"{target.path} is in llava-hf's layout, and deltas are in the original's; first write it so: "
                          f"python weights.py convert {target.path} OUT --to llava")
-    tensors = combine(base, target, torch.sub)
+    tensors = combine(base, target, -1)
     write(delta, tensors, target.config | {CHECKSUM: checksum(base)}, target.path, max_shard_size, overwrite)
 
 
-def combine(base, other, operation):
-    """{our name: LazyTensor} of operation(other's, base's) where both have numbers, of other's where it alone does.
-
-    ValueError if the two do not belong together; all of it is found in the tables, before a number is read.
-    """
+def combine(base, other, sign):
+    """{our name: LazyTensor} of other + sign * base where both have numbers, of other's where it alone does.
+    ValueError if the two do not belong together; all of it is found in the tables, before a number is read."""
     ours, theirs = base.part("language_model"), other.part("language_model")
     for one, two, names in ((base, other, ours.keys() - theirs), (other, base, theirs.keys() - ours)):
         if names:
             raise ValueError(f"{one.path} does not belong to {two.path}, it alone has {files.list_names(names)}; "
                              "use the LLaMA that the delta was made from")
     wrong = [f"{name} {tuple(ours[name].shape)} and {tuple(tensor.shape)}" for name, tensor in theirs.items()
-             if not fits(name, ours[name], tensor)]
+             if not fits(name, ours[name].shape, tensor.shape)]
     if wrong:
         raise ValueError(f"{base.path} and {other.path} do not belong together, their shapes differ: "
                          f"{files.list_names(wrong)}; use the LLaMA that the delta was made from")
-    return {name: files.LazyTensor(tensor.shape, torch.float16, tensor.file,
-                                   partial(combined, tensor, ours.get(name), operation))
-            for name, tensor in other.tensors.items()}
+    return {name: combined(tensor, ours.get(name), sign) for name, tensor in other.tensors.items()}
 
 
 def fits(name, base, other):
-    """Whether base's shape is other's, or for embeddings and head a smaller one."""
-    if name in GROWING:
-        return len(base.shape) == len(other.shape) and all(a <= b for a, b in zip(base.shape, other.shape))
-    return base.shape == other.shape
+    """Whether base's shape fits other's: it is the same, or for embeddings and head a smaller one."""
+    grows = name in (EMBEDDING, HEAD)
+    return len(base) == len(other) and all(a == b or grows and a < b for a, b in zip(base, other))
 
 
-def combined(other, base, operation):
-    """One tensor: operation(other, base) on the part that both have, `other` elsewhere. float16."""
-    result = other.read().to(torch.float16)
-    if base is None:
+def combined(other, base, sign):
+    """LazyTensor, float16, of other + sign * base on the part that both have, `other` elsewhere. base may be None."""
+    def read():
+        result = other.read().to(torch.float16, copy=True)
+        if base is not None:
+            result[tuple(map(slice, base.shape))] += sign * base.read().to(torch.float16)
         return result
-    if base.shape == other.shape:
-        return operation(result, base.read().to(torch.float16))
-    result = result.clone()
-    shared = result[:base.shape[0], :base.shape[1]]  # the rows of the base, a view
-    shared.copy_(operation(shared, base.read().to(torch.float16)))
-    return result
+    return files.LazyTensor(other.shape, torch.float16, other.file, read)
 
 
 def checksum(base):
@@ -107,12 +95,9 @@ def write(out, tensors, config, small_files, max_shard_size, overwrite):
     """Write a folder in the original's layout, with the tokenizer and other small files of the folder `small_files`."""
     contents = {file.name: file.read_bytes() for file in sorted(Path(small_files).iterdir())
                 if file.name == "tokenizer.model" or file.suffix in (".json", ".jinja")
-                and not file.name.endswith(".index.json") and file.name != "config.json"}
+                and not file.name.endswith(".index.json")}
     contents["config.json"] = config | {"torch_dtype": "float16"}
     contents["config.json"].pop("dtype", None)  # transformers 5's word for it
     named = {layouts.file_name(name, "llava"): tensor for name, tensor in tensors.items()}
-    with files.new_folder(out, overwrite) as temporary:
-        files.write_tensors(temporary, named, max_shard_size)
-        files.write_files(temporary, contents)
-        files.compare(temporary, named)
+    files.write_folder(out, named, contents, max_shard_size, overwrite, files.compare)
     say(f"written to {out}: {len(named)} tensors, float16, read again and found equal")

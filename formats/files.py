@@ -22,10 +22,12 @@ import re
 import shutil
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from itertools import groupby
+from pathlib import Path
 
 import torch
 
@@ -33,6 +35,8 @@ from formats.command import Progress
 
 WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors",  # the first that exists is read
                 "pytorch_model.bin.index.json", "pytorch_model.bin")
+PROJECTOR_FILES, ADAPTER_FILES, TRAINED_BESIDE = (  # beside or instead of a whole model
+    (f"{name}.safetensors", f"{name}.bin") for name in ("mm_projector", "adapter_model", "non_lora_trainables"))
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # safetensors' words
@@ -48,10 +52,8 @@ OF_THREAD = threading.local()
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor that stands in `file`, or is computed of some that do: `read()` -> CPU tensor, which nothing else keeps.
-
     Writing to a tensor that was read changes memory, never the file. begin: the byte of the file where its numbers
-    begin, if they stand there one after the other.
-    """
+    begin, if they stand there one after the other."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -66,10 +68,11 @@ class LazyTensor:
     def numel(self):
         return math.prod(self.shape)
 
-    def rows(self, count):
-        """The first `count` rows."""
+    def rows(self, count, first=0):
+        """`count` rows from `first` on."""
         shape = torch.Size([count, *self.shape[1:]])
-        return LazyTensor(shape, self.dtype, self.file, lambda: self.read()[:count], self.begin)
+        begin = None if self.begin is None else self.begin + first * math.prod(shape[1:]) * self.dtype.itemsize
+        return LazyTensor(shape, self.dtype, self.file, lambda: self.read()[first:first + count], begin)
 
     def to(self, dtype):
         """The same numbers in another dtype; those of a file without all of them standing in memory in the old one."""
@@ -81,34 +84,28 @@ class LazyTensor:
 
 def lazy(tensor, file=None):
     """A tensor that is in memory already, as a LazyTensor."""
-    return LazyTensor(tensor.shape, tensor.dtype, file, lambda: tensor)
+    return tensor if isinstance(tensor, LazyTensor) else LazyTensor(tensor.shape, tensor.dtype, file, lambda: tensor)
 
 
-def open_weights(path):
-    """A weight file, or a folder with one or with an index and its shards -> {name in the file: LazyTensor}.
-
-    .safetensors go before .bin; a folder without weight files gives {}. Only tables of contents are read.
-    ValueError, one sentence: missing, truncated, not tensors alone, index and shards that do not agree.
-    """
+def open_weights(path, names=WEIGHT_FILES):
+    """A weight file, or the first of `names` that a folder holds -> {name in the file: LazyTensor}; {} without any.
+    Only tables of contents are read. ValueError: missing, truncated, not tensors alone, index and shards disagree."""
     path = Path(path)
-    if not path.is_dir():
-        return open_file(path)
-    name = next((name for name in WEIGHT_FILES if (path / name).exists()), None)
-    if name is None:
+    if path.is_dir():
+        path = next((path / name for name in names if (path / name).exists()), None)
+    if path is None:
         return {}
-    return open_shards(path / name) if name.endswith(".index.json") else open_file(path / name)
+    return open_shards(path) if path.suffix == ".json" else open_file(path)
 
 
 def open_shards(index):
     """*.index.json -> {name: LazyTensor} of all its shards."""
-    content = read_json(index, once)
-    where = content.get("weight_map") if isinstance(content, dict) else None
+    where = read_json(index, once).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise ValueError(f"{index}: expected weight_map, an object of tensor names and file names")
     shards = sorted(set(where.values()))
     for shard in shards:
-        parts = PurePosixPath(shard.replace("\\", "/")).parts
-        if ".." in parts or ":" in shard or not parts or parts[0] == "/" or "/".join(parts) != shard:
+        if re.search(r"[\\:]", shard) or any(part in ("", ".", "..") for part in shard.split("/")):
             raise ValueError(f"{index} names the file {shard!r}; expected a plain name of a file in its folder")
     missing = [shard for shard in shards if not (index.parent / shard).exists()]
     if missing:
@@ -127,18 +124,17 @@ def open_shards(index):
 
 def open_file(path):
     """One .safetensors or .bin file -> {name: LazyTensor}."""
-    path = Path(path)
     try:
         return open_safetensors(path) if path.suffix == ".safetensors" else open_bin(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; download or copy the folder again") from None
     except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)|(?:function|class) (\S+)", str(error))
-        what = f"code ({next(filter(None, code.groups()))})" if code else "something that is no tensor"
+        code = re.search(r"(?:GLOBAL|function|class) (\S+)", str(error))
+        what = f"code ({code[1]})" if code else "something that is no tensor"
         raise ValueError(f"{path} is truncated or no weight file: it holds {what}, which is refused and was not run; "
                          "get the weights as .safetensors") from None
     except Exception as error:  # KeyError, EOFError, BadZipFile, RuntimeError …: all mean a file to replace
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is truncated or no weight file ({reason}); copy it again") from None
 
 
@@ -152,52 +148,48 @@ def open_safetensors(path):
         header = json.loads(file.read(length), object_pairs_hook=once)
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], torch.Size(entry["shape"]), entry["data_offsets"]
-        if end - begin != math.prod(shape) * dtype.itemsize or begin < 0 or 8 + length + end > size:
+        like = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+        begin, end = entry["data_offsets"]
+        if end - begin != like.nbytes or begin < 0 or 8 + length + end > size:
             raise ValueError(f"{name!r} does not fit into {size} bytes")
-        tensors[name] = lazy_at(path, dtype, shape, None, 8 + length + begin)
+        tensors[name] = lazy_at(path, like, 8 + length + begin)
     return tensors
 
 
 def open_bin(path):
     """{name: LazyTensor} of a .bin file. One older than torch 1.6 is no archive: it is read whole, and stays."""
-    if not zipfile.is_zipfile(path):
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: lazy(tensor, path) for name, tensor in named_tensors(tensors)}
-    tensors = torch.load(path, map_location="meta", weights_only=True)  # the table alone
-    return {name: lazy_at(path, tensor.dtype, tensor.shape, tensor.stride(), tensor.untyped_storage()._checkpoint_offset
-                          + tensor.storage_offset() * tensor.itemsize) for name, tensor in named_tensors(tensors)}
-
-
-def named_tensors(tensors):
-    """The items of a dict of tensors; ValueError for all else that a pickle may hold."""
+    archive = zipfile.is_zipfile(path)
+    tensors = torch.load(path, map_location="meta" if archive else "cpu", weights_only=True)  # meta: the table alone
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ValueError("expected a dict of names and tensors")
-    return tensors.items()
+    if not archive:
+        return {name: lazy(tensor, path) for name, tensor in tensors.items()}
+    return {name: lazy_at(path, tensor, tensor.untyped_storage()._checkpoint_offset
+                          + tensor.storage_offset() * tensor.itemsize) for name, tensor in tensors.items()}
 
 
-def lazy_at(path, dtype, shape, stride, begin):
-    """The LazyTensor whose numbers begin at byte `begin` of a file; stride None: one row after the other."""
-    apart = stride and not torch.empty_strided(shape, stride, device="meta").is_contiguous()
-    return LazyTensor(shape, dtype, path, lambda: mapped(path, dtype, shape, stride, begin), None if apart else begin)
+def lazy_at(path, like, begin):
+    """The LazyTensor with the shape, dtype and strides of `like` whose numbers begin at byte `begin` of a file."""
+    return LazyTensor(like.shape, like.dtype, path, lambda: mapped(path, like, begin),
+                      begin if like.is_contiguous() else None)
 
 
-def mapped(path, dtype, shape, stride, begin):
+def mapped(path, like, begin):
     """Numbers of a file as a tensor. The mapping is its own and private: it goes when the tensor goes, and whoever
     writes to the tensor writes to memory."""
-    count = 1 + sum((n - 1) * step for n, step in zip(shape, stride)) if stride else math.prod(shape)
-    if 0 in shape:
-        return torch.empty(shape, dtype=dtype)
+    if not like.numel():
+        return torch.empty(like.shape, dtype=like.dtype)
+    count = 1 + sum((n - 1) * step for n, step in zip(like.shape, like.stride()))
+    size = count * like.itemsize
     with open(path, "rb") as file:
-        if count * dtype.itemsize < SMALL or begin % dtype.itemsize:
+        if size < SMALL or begin % like.itemsize:
             file.seek(begin)
-            numbers = torch.frombuffer(bytearray(file.read(count * dtype.itemsize)), dtype=dtype)
+            numbers = torch.frombuffer(bytearray(file.read(size)), dtype=like.dtype)
         else:
             before = begin % mmap.ALLOCATIONGRANULARITY
-            pages = mmap.mmap(file.fileno(), before + count * dtype.itemsize, access=mmap.ACCESS_COPY,
-                              offset=begin - before)
-            numbers = torch.frombuffer(pages, dtype=dtype, count=count, offset=before)
-    return numbers.as_strided(shape, stride) if stride else numbers.view(shape)
+            pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=begin - before)
+            numbers = torch.frombuffer(pages, dtype=like.dtype, count=count, offset=before)
+    return numbers.as_strided(like.shape, like.stride())
 
 
 def cast_pieces(tensor, dtype):
@@ -217,44 +209,43 @@ def cast_pieces(tensor, dtype):
     return result
 
 
-def read_json(path, pairs=None):
-    """A JSON file -> dict; ValueError names the file if it is missing or broken. pairs: as `once`."""
+def read_json(path, pairs=None, missing=None):
+    """A JSON file -> dict, and `missing` for one that is not there. ValueError: it has no such stand-in, or is broken.
+    pairs: as `once`."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=pairs)
+        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=pairs)
+        if not isinstance(values, dict):
+            raise ValueError(f"an object, not {str(values)[:40]}")
+        return values
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; expected a model folder with a config.json") from None
+        if missing is None:
+            raise ValueError(f"{path} is missing; expected a model folder with a config.json") from None
+        return missing
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON ({error})") from None
 
 
 def once(pairs):
     """A JSON object's (key, value) pairs -> dict; json itself would let the last of two win."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} comes twice")
-    return values
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} comes twice")
+    return dict(pairs)
 
 
 def list_names(names):
     """Names for a message, every one of them: those that differ in the number of the layer alone share an entry."""
-    groups = {}
-    for name in sorted(names):
-        layer = re.search(r"(?<=layers\.)\d+", name)
-        groups.setdefault(re.sub(r"(?<=layers\.)\d+", "#", name), []).append(int(layer[0]) if layer else None)
-    return ", ".join(name.replace("#", ranges(numbers)) if numbers[0] is not None else name
-                     for name, numbers in groups.items())
+    layer, groups = r"(?<=layers\.)\d+", {}
+    for name in names:
+        groups.setdefault(re.sub(layer, "#", name), []).extend(map(int, re.findall(layer, name)))
+    return ", ".join(name.replace("#", ranges(numbers)) for name, numbers in sorted(groups.items()))
 
 
 def ranges(numbers):
     """[3, 4, 5, 7] -> '{3-5,7}'; one number stays as it is."""
-    runs = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    words = ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+    runs = groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])  # 0:3 1:4 2:5 | 3:7
+    runs = [[number for _, number in run] for _, run in runs]
+    words = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return words if len(numbers) == 1 else f"{{{words}}}"
 
 
@@ -316,48 +307,54 @@ def temporary_folder(beside):
         shutil.rmtree(temporary)
 
 
+def write_folder(folder, tensors, contents, max_shard_size=SHARD_BYTES, overwrite=False, check=None):
+    """A new folder with {name: tensor or LazyTensor} and {file: content}; check(folder, tensors) has a last look."""
+    with new_folder(folder, overwrite) as temporary:
+        write_tensors(temporary, tensors, max_shard_size)
+        write_files(temporary, contents)
+        if check:
+            check(temporary, tensors)
+
+
 def write_tensors(folder, tensors, max_shard_size=SHARD_BYTES):
     """Write model.safetensors, or from max_shard_size bytes on several files and their index, one tensor at a time.
-
-    tensors: {name: tensor or LazyTensor}, or pairs of them. ValueError before anything is written if the disk has too
-    little room.
-    """
+    tensors: {name: tensor or LazyTensor}. ValueError before anything is written if the disk has too little room."""
     tensors = lazily(tensors)
-    size = check_room(folder, tensors)
+    progress = Progress("writing", check_room(folder, tensors))
     shards, room = [{}], max_shard_size
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if tensor.nbytes > room and shards[-1]:
             shards.append({})
             room = max_shard_size
         shards[-1][name] = tensor
         room -= tensor.nbytes
-    index, progress = {}, Progress("writing", size)
+    where = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(Path(folder) / file, shard, progress)
-        index |= dict.fromkeys(shard, file)
+        where |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        write_files(folder, {"model.safetensors.index.json": {"metadata": {"total_size": size}, "weight_map": index}})
+        index = {"metadata": {"total_size": progress.total}, "weight_map": where}
+        write_files(folder, {"model.safetensors.index.json": index})
 
 
 def write_safetensors(path, tensors, progress=None):
     """One .safetensors file of {name: LazyTensor}, each read when its turn comes. Wide dtypes go first, so that every
     number stands at a multiple of its size."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     words = {dtype: word for word, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name in order:
-        begin, end = end, end + tensors[name].nbytes
-        header[name] = {"dtype": words[tensors[name].dtype], "shape": [*tensors[name].shape],
-                        "data_offsets": [begin, end]}
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": words[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            tensor = tensors[name].read()
-            assert tensor.shape == tensors[name].shape and tensor.dtype == tensors[name].dtype, name
-            file.write(as_bytes(tensor))
+        for name, tensor in tensors.items():
+            numbers = tensor.read()
+            assert numbers.shape == tensor.shape and numbers.dtype == tensor.dtype, name
+            file.write(as_bytes(numbers))
             if progress:
                 progress.advance(tensor.nbytes)
 
@@ -377,9 +374,8 @@ def compare(path, tensors):
 
 
 def lazily(tensors):
-    """{name: tensor or LazyTensor}, or pairs -> {name: LazyTensor}, sorted."""
-    return {name: lazy(tensor) if isinstance(tensor, torch.Tensor) else tensor
-            for name, tensor in sorted(dict(tensors).items())}
+    """{name: tensor or LazyTensor} -> {name: LazyTensor}."""
+    return {name: lazy(tensor) for name, tensor in tensors.items()}
 
 
 def as_bytes(tensor):
@@ -389,11 +385,12 @@ def as_bytes(tensor):
 
 def write_file(path, tensors):
     """{name: tensor or LazyTensor} -> one .bin or .safetensors file, read again and compared. For small ones."""
-    check_room(path.parent, lazily(tensors))
+    tensors = lazily(tensors)
+    check_room(path.parent, tensors)
     if path.suffix == ".safetensors":
-        write_safetensors(path, lazily(tensors))
+        write_safetensors(path, tensors)
     else:
-        torch.save({name: tensor.read().detach().cpu().clone() for name, tensor in lazily(tensors).items()}, path)
+        torch.save({name: tensor.read().detach().cpu().clone() for name, tensor in tensors.items()}, path)
     compare(path, tensors)
 
 

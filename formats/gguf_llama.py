@@ -3,9 +3,7 @@
 Three things differ from a Hugging Face folder. The weights may be quantised in small blocks; the package `gguf`
 (imported only here) turns them back into float32. The rows of q_proj and k_proj stand in another order: llama.cpp
 rotates neighbouring pairs (2i, 2i+1) of a head, Hugging Face the halves (i, i + K/2). And everything that is not a
-tensor, config and tokenizer included, is one flat list of keys and values.
-
-Legend: H heads, K head dim, D model dim.
+tensor, config and tokenizer included, is one flat list of keys and values. (H heads, K head dim, D model dim.)
 """
 
 import json
@@ -39,15 +37,12 @@ CONTROL, USER_DEFINED = 3, 4  # token types
 
 def open_gguf(path):
     """A GGUF file of a LLaMA -> (gguf's reader, {key: value}). Its tensors stay in the file.
-
-    ValueError if the package is missing, the file is broken or no LLaMA.
-    """
+    ValueError if the package is missing, the file is broken or no LLaMA."""
     try:
         import gguf
+        file = gguf.GGUFReader(path)
     except ImportError:
         raise ValueError(f"reading {path} needs the package gguf; pip install gguf") from None
-    try:
-        file = gguf.GGUFReader(path)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; expected a .gguf file") from None
     except Exception as error:  # numpy's complaints about missing bytes
@@ -60,11 +55,9 @@ def open_gguf(path):
 
 def read(path):
     """A GGUF file of a LLaMA -> ({Hugging Face name: LazyTensor, float32}, {file name: what becomes its JSON}).
-
-    ValueError as `open_gguf`, and if its tokenizer is of a kind not known here.
-    """
+    ValueError as `open_gguf`, and if its tokenizer is of a kind not known here."""
     file, values = open_gguf(path)
-    tensors = {hugging_face_name(tensor.name, path): lazy(tensor, values, path) for tensor in file.tensors}
+    tensors = dict(named(tensor, values, path) for tensor in file.tensors)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
               **{ours: values[theirs] for ours, theirs in CONFIG.items() if theirs in values},
               "tie_word_embeddings": "lm_head.weight" not in tensors}
@@ -75,23 +68,20 @@ def read(path):
                      **tokenizer_files(values, ids, path)}
 
 
-def lazy(tensor, values, path):
-    """gguf's entry of a tensor -> LazyTensor, dequantised when it is read."""
+def named(tensor, values, path):
+    """gguf's entry of a tensor, 'blk.3.attn_q.weight' -> ('model.layers.3.self_attn.q_proj.weight', LazyTensor)."""
+    *block, kind, leaf = tensor.name.split(".")
+    if kind not in NAMES or leaf != "weight":
+        raise ValueError(f"{path}: tensor {tensor.name!r} is not one of a LLaMA")
+    heads = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}.get(kind)
+
     def dequantised():
         import gguf
         weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))  # float32, as (out, in)
-        heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(tensor.name.split(".")[-2])
-        return halves(weight, values[f"llama.attention.{heads}"]) if heads else weight
+        return halves(weight, values[heads]) if heads else weight
+    name = f"model.layers.{block[1]}.{NAMES[kind]}.weight" if block else f"{NAMES[kind]}.weight"
     shape = torch.Size(int(size) for size in reversed(tensor.shape))  # GGUF counts dimensions from the last
-    return LazyTensor(shape, torch.float32, path, dequantised)
-
-
-def hugging_face_name(name, path):
-    """'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'."""
-    *block, kind, leaf = name.split(".")
-    if kind not in NAMES or leaf != "weight":
-        raise ValueError(f"{path}: tensor {name!r} is not one of a LLaMA")
-    return f"model.layers.{block[1]}.{NAMES[kind]}.weight" if block else f"{NAMES[kind]}.weight"
+    return name, LazyTensor(shape, torch.float32, path, dequantised)
 
 
 def halves(weight, heads):

@@ -10,23 +10,19 @@ import re
 from pathlib import Path
 
 from formats.command import say
-from formats.files import WEIGHT_FILES, read_json
+from formats.files import ADAPTER_FILES, PROJECTOR_FILES, TRAINED_BESIDE, WEIGHT_FILES, read_json
 
 CACHE_DIR = None  # where downloads are kept, train.py's --cache_dir; None: Hugging Face's own place
-PARTS = ("mm_projector", "adapter_model", "non_lora_trainables")  # small files beside or instead of a whole model
 
 
 def find_folder(path_or_hub_id, weights=True):
     """A local folder as it is; otherwise the files of a Hugging Face id. -> Path
-
-    weights=False: config and tokenizer are enough. ValueError if there is neither.
-    """
-    folder = Path(path_or_hub_id)
+    weights=False: config and tokenizer are enough. ValueError if there is neither."""
+    folder, (repository, revision) = Path(path_or_hub_id), parse(path_or_hub_id)
     if folder.is_dir():
         return folder
     if folder.exists():
         raise ValueError(f"{folder} is a file; expected the folder that holds config.json and the weights")
-    repository, revision = parse(path_or_hub_id)
     if repository is None:
         raise ValueError(f"{folder} does not exist; expected a model folder or a Hugging Face id like owner/name")
     return download(repository, revision, weights)
@@ -58,15 +54,13 @@ def download(repository, revision, weights):
     hub_id = repository + (f"@{revision}" if revision else "")
     try:
         siblings = HfApi().model_info(repository, revision=revision, timeout=30).siblings
-        names = [sibling.rfilename for sibling in siblings]
     except Exception as error:
-        folder = here(hub_id)
-        if folder is None:
-            raise ValueError(f"{hub_id} is no folder here, and no download from Hugging Face: "
-                             f"{reason(error)}") from None
-        say(f"{hub_id}: {reason(error)}; the copy in the cache is taken")
-        return folder
+        if folder := here(hub_id):
+            say(f"{hub_id}: {reason(error)}; the copy in the cache is taken")
+            return folder
+        raise ValueError(f"{hub_id} is no folder here, and no download from Hugging Face: {reason(error)}") from None
     try:
+        names = [sibling.rfilename for sibling in siblings]
         place = {"repo_id": repository, "revision": revision, "cache_dir": CACHE_DIR}
         files = choose(names, weights, lambda index: read_json(hf_hub_download(filename=index, **place)))
         if weights and files == choose(names, False):
@@ -83,15 +77,12 @@ def choose(names, weights, read_index=None):
     """The names of a repository's files that `load` reads. read_index(name) -> the content of an index of shards."""
     files = [name for name in names if "/" not in name and name != "trainer_state.json"
              and (name.endswith((".json", ".jinja")) or name == "tokenizer.model")]
-    if not weights:
-        return files
-    whole = next((name for name in WEIGHT_FILES if name in names), None)
-    if whole and whole.endswith(".index.json"):
-        files += sorted(set(read_index(whole).get("weight_map", {}).values()) & set(names))
-    elif whole:
-        files.append(whole)
-    for part in PARTS:
-        files += [name for name in (f"{part}.safetensors", f"{part}.bin") if name in names][:1]
+    for kind in (WEIGHT_FILES, PROJECTOR_FILES, ADAPTER_FILES, TRAINED_BESIDE) if weights else ():
+        name = next((name for name in kind if name in names), "")
+        if name.endswith(".index.json"):
+            files += sorted(set(read_index(name).get("weight_map", {}).values()) & set(names))
+        elif name:
+            files.append(name)
     return files
 
 
@@ -104,8 +95,7 @@ def reason(error):
         (errors.RevisionNotFoundError, "it has no such revision"),
         (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
     )
-    words = next((words for kind, words in known if isinstance(error, kind)), None)
-    if words is None:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        words = f"the hub cannot be reached ({first})" if getattr(error, "response", None) is None else first
-    return words
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    answered = getattr(error, "response", None) is not None
+    return next((words for kind, words in known if isinstance(error, kind)),
+                first if answered else f"the hub cannot be reached ({first})")

@@ -4,28 +4,23 @@ Tables of contents and configs are read, no weights. The last lines say what is 
 LLaVA are often published apart: an adapter without its model, a projector without its language model.
 """
 
+import math
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from formats import gguf_llama, hub, layouts, templates
-from formats.checkpoint import open_checkpoint
+from formats.checkpoint import LAYOUTS, open_checkpoint
 from formats.vocabulary import EMBEDDING
 from tokenizer import Tokenizer
 
-KINDS = {
-    "llama": "a language model", "gguf": "a language model in one file", "clip": "a vision tower",
-    "projector": "a projector", "lora": "a LoRA adapter", "delta": "differences to a LLaMA's weights",
-    "llava": "a LLaVA in the original's layout", "llava-hf": "a LLaVA in transformers' layout",
-    "llava_next": "a LLaVA 1.6 in transformers' layout",
-}
 PARTS = {"vision_tower": "vision_tower.", "mm_projector": ("mm_projector.", "image_newline"),
          "language_model": "language_model.", "adapter": "adapter."}
 
 
 def inspect(path):
     """-> dict for JSON: path, layout, parts, not_needed {what: tensors}, config, image_tokens (per picture), conv_mode
-    and why, missing (sentences), tensors {our name: shape, dtype, file}.
+    and why, missing (sentences), tensors {our name: shape, dtype, bytes, file}.
 
     parts: {name: tensors, parameters, bytes, dtypes, shape (in words)}. What is not known without other files is None.
     """
@@ -39,7 +34,10 @@ def inspect(path):
         tensors |= {f"adapter.{name.removesuffix('.weight')}.{side}": tensor
                     for name, pair in checkpoint.adapter.modules.items() for side, tensor in pair.items()}
     config, vision = read_configs(checkpoint)
-    parts = {name: summary(found) | {"shape": in_words(name, found, config, vision, checkpoint.adapter)}
+    rows = {name: {"shape": [*tensor.shape], "dtype": getattr(tensor, "kind", str(tensor.dtype)[6:]),
+                   "bytes": tensor.nbytes, "file": str(tensor.file)} for name, tensor in sorted(tensors.items())}
+    parts = {name: summary([rows[key] for key in found])
+             | {"shape": in_words(name, found, config, vision, checkpoint.adapter)}
              for name, prefixes in PARTS.items()
              if (found := {key: value for key, value in tensors.items() if key.startswith(prefixes)})}
     conv_mode, why = templates.choose_conv_mode(config, tokenizer) if config else (None, None)
@@ -47,50 +45,44 @@ def inspect(path):
             "not_needed": Counter(checkpoint.unused),
             "config": asdict(config) if config else {"vision": asdict(vision)} if vision else {},
             "image_tokens": vision and (replace(config, vision=vision).image_tokens if config else vision.num_patches),
-            "conv_mode": conv_mode, "conv_mode_why": why, "missing": missing(checkpoint, tokenizer),
-            "tensors": {name: {"shape": [*tensor.shape], "dtype": str(tensor.dtype)[6:], "file": str(tensor.file)}
-                        for name, tensor in sorted(tensors.items())}}
+            "conv_mode": conv_mode, "conv_mode_why": why, "missing": missing(checkpoint, tokenizer), "tensors": rows}
 
 
 def inspect_gguf(path):
     """The same for a GGUF file, whose dtypes are kinds of quantisation."""
     file, values = gguf_llama.open_gguf(path)
-    sizes = [int(tensor.n_elements) for tensor in file.tensors]
     config = {ours: values[theirs] for ours, theirs in gguf_llama.CONFIG.items() if theirs in values}
-    part = {"tensors": len(sizes), "parameters": sum(sizes), "bytes": sum(int(t.n_bytes) for t in file.tensors),
-            "dtypes": sorted({tensor.tensor_type.name for tensor in file.tensors}),
-            "shape": f"{config['num_hidden_layers']} layers of width {config['hidden_size']}"}
-    return {"path": str(path), "layout": "gguf", "parts": {"language_model": part}, "not_needed": {}, "config": config,
-            "image_tokens": None, "conv_mode": None, "conv_mode_why": None,
-            "missing": [f"another layout: python weights.py convert {path} OUT"],
-            "tensors": {t.name: {"shape": [int(size) for size in reversed(t.shape)], "dtype": t.tensor_type.name,
-                                 "file": str(path)} for t in file.tensors}}
+    rows = {tensor.name: {"shape": [int(size) for size in reversed(tensor.shape)], "dtype": tensor.tensor_type.name,
+                          "bytes": int(tensor.n_bytes), "file": str(path)} for tensor in file.tensors}
+    shape = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}"
+    return {"path": str(path), "layout": "gguf", "parts": {"language_model": summary(rows.values()) | {"shape": shape}},
+            "not_needed": {}, "config": config, "image_tokens": None, "conv_mode": None, "conv_mode_why": None,
+            "missing": [f"another layout: python weights.py convert {path} OUT"], "tensors": rows}
 
 
 def read_configs(checkpoint):
     """-> (LlavaConfig or None, ClipVisionConfig or None), the latter from the tensors where config.json is silent."""
-    tower, config, vision = checkpoint.part("vision_tower"), None, None
-    if checkpoint.config and checkpoint.layout == "clip":
-        return None, layouts.read_vision_config(checkpoint.config, checkpoint.path)
-    if checkpoint.config:
-        config = layouts.read_config(checkpoint.config, checkpoint.tensors, checkpoint.path)
+    values, config, vision = checkpoint.config, None, None
+    if values and checkpoint.layout == "clip":
+        vision = layouts.read_vision_config(values, checkpoint.path)
+    elif values:
+        config = layouts.read_config(values, checkpoint.tensors, checkpoint.path)
         vision = config.vision
-    if vision is None and tower:
+    if vision is None and (tower := checkpoint.part("vision_tower")):
         vision = layouts.vision_config_of_shapes({name: tuple(tensor.shape) for name, tensor in tower.items()})
     return config, vision
 
 
-def find_tokenizer(folder, extra_tokens=()):
-    """The folder's Tokenizer with extra_tokens added to it, None if it has no tokenizer files at all."""
+def find_tokenizer(folder):
+    """The folder's Tokenizer, None if it has no tokenizer files at all."""
     names = ("tokenizer.json", "tokenizer.model")
-    return Tokenizer.from_folder(folder, extra_tokens) if any((folder / name).exists() for name in names) else None
+    return Tokenizer.from_folder(folder) if any((folder / name).exists() for name in names) else None
 
 
-def summary(tensors):
-    """How many and how large."""
-    return {"tensors": len(tensors), "parameters": sum(tensor.numel() for tensor in tensors.values()),
-            "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-            "dtypes": sorted({str(tensor.dtype)[6:] for tensor in tensors.values()})}
+def summary(rows):
+    """How many tensors and how large."""
+    return {"tensors": len(rows), "parameters": sum(math.prod(row["shape"]) for row in rows),
+            "bytes": sum(row["bytes"] for row in rows), "dtypes": sorted({row["dtype"] for row in rows})}
 
 
 def in_words(part, tensors, config, vision, adapter):
@@ -99,8 +91,8 @@ def in_words(part, tensors, config, vision, adapter):
         return (f"{vision.num_hidden_layers} layers of width {vision.hidden_size}, pictures of {vision.image_size} "
                 f"pixels in patches of {vision.patch_size}")
     if part == "mm_projector":
-        shapes = [tensor.shape for name, tensor in sorted(tensors.items()) if name.endswith("weight")]
-        return f"{layouts.projector_type(tensors)}, width {shapes[0][1]} to {shapes[-1][0]}"
+        kind, *widths = layouts.projector_type(tensors)
+        return f"{kind}, width {widths[0]} to {widths[1]}" if widths else kind
     if part == "adapter":
         return f"rank {adapter.r}, alpha {adapter.lora_alpha}, on {len(adapter.modules)} matrices"
     rows, width = tensors[EMBEDDING].shape if EMBEDDING in tensors else (0, 0)
@@ -114,18 +106,16 @@ def in_words(part, tensors, config, vision, adapter):
 def missing(checkpoint, tokenizer):
     """What it takes to run this, a phrase each; an empty list if nothing."""
     layout, config, path = checkpoint.layout, checkpoint.config, checkpoint.path
-    if layout == "delta":
-        return [f"its LLaMA: python weights.py delta apply --base LLAMA --delta {path} --target OUT"]
-    if layout == "clip":
-        return ["a language model and a projector; this folder goes with them as --vision_tower"]
-    lacks = []
+    alone = {"delta": f"its LLaMA: python weights.py delta apply --base LLAMA --delta {path} --target OUT",
+             "clip": "a language model and a projector; this folder goes with them as --vision_tower"}
+    if layout in alone:
+        return [alone[layout]]
+    lacks = ["a tokenizer: tokenizer.json or tokenizer.model"] if tokenizer is None else []
     if layout == "lora":
-        lacks.append(f"the model that it was trained on, {checkpoint.adapter.base}: --model_base")
+        lacks = [f"the model that it was trained on, {checkpoint.adapter.base}: --model_base"]
     elif layout == "projector":
-        lacks.append("its language model: --model_base")
-    elif tokenizer is None:
-        lacks.append("a tokenizer: tokenizer.json or tokenizer.model")
-    if layout in ("llava", "llava-hf", "llava_next") and not (
+        lacks = ["its language model: --model_base"]
+    if layout.startswith("llava") and not (
             checkpoint.part("mm_projector") or config.get("mm_projector_type") == "identity"):
         lacks.append("a projector: --pretrain_mm_mlp_adapter")
     named = config.get("mm_vision_tower") or config.get("vision_tower")
@@ -137,7 +127,7 @@ def missing(checkpoint, tokenizer):
 
 def describe(report, every=False):
     """inspect()'s report -> text; every: with a line for each tensor."""
-    lines = [f"{report['path']}: {KINDS[report['layout']]} ({report['layout']})"]
+    lines = [f"{report['path']}: {LAYOUTS[report['layout']]} ({report['layout']})"]
     for name, part in report["parts"].items():
         lines.append(f"  {name:15s} {part['tensors']:5d} tensors {part['parameters'] / 1e6:10,.2f} M parameters "
                      f"{part['bytes'] / 1e6:10,.1f} MB  {', '.join(part['dtypes'])}; {part['shape']}")

@@ -1,16 +1,7 @@
 """The layouts of public checkpoints: how files name their tensors and write their config.json, and what we call both.
 
-A LLaVA is three parts, and every layout is a choice of prefixes for them. We recognise part by part, so any mixture
-loads; a folder is judged by the names in it, never by its own name.
-
-| ours                        | original LLaVA                                 | llava-hf, published              |
-| --------------------------- | ---------------------------------------------- | -------------------------------- |
-| language_model.model.X      | model.X                                        | language_model.model.X           |
-| language_model.lm_head.X    | lm_head.X                                      | language_model.lm_head.X         |
-| mm_projector.0.X            | model.mm_projector.0.X                         | multi_modal_projector.linear_1.X |
-| mm_projector.2.X            | model.mm_projector.2.X                         | multi_modal_projector.linear_2.X |
-| image_newline               | model.image_newline                            | image_newline (llava_next)       |
-| vision_tower.vision_model.X | model.vision_tower.vision_tower.vision_model.X | vision_tower.vision_model.X      |
+A LLaVA is three parts, and every layout is a choice of prefixes for them (PREFIXES below). We recognise part by part,
+so any mixture loads; a folder is judged by the names in it, never by its own name.
 
 Files saved from llava-hf models in memory have `model.language_model.X`, `lm_head.X`, `model.multi_modal_projector…`
 and `model.vision_tower…` instead; transformers 5 leaves the inner `vision_model.` out. A LLaMA folder is the original
@@ -26,12 +17,23 @@ from vision import ClipVisionConfig
 
 # ------------------------------------------------------------------------------------------------------- tensor names
 
+PREFIXES = [  # ours, the original LLaVA's, llava-hf's as it is published
+    ("language_model.model.", "model.", "language_model.model."),
+    ("language_model.lm_head.", "lm_head.", "language_model.lm_head."),
+    ("mm_projector.0.", "model.mm_projector.0.", "multi_modal_projector.linear_1."),
+    ("mm_projector.2.", "model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("mm_projector.", "model.mm_projector.", None),
+    ("image_newline", "model.image_newline", "image_newline"),
+    ("vision_tower.", "model.vision_tower.vision_tower.", "vision_tower."),
+]
+WRITE = {"llava": {ours: llava for ours, llava, _ in PREFIXES}, "llava-hf": {ours: hf for ours, _, hf in PREFIXES}}
+
 READ = [  # a file's name -> ours; matched whole, the first pattern that fits
     (r"(?:model\.)?(?:language_model\.)?(?:model\.)?((?:embed_tokens|layers|norm)\..+)", r"language_model.model.\1"),
     (r"(?:language_model\.)?(lm_head\..+)", r"language_model.\1"),
     (r"(?:model\.)?multi_modal_projector\.linear_1\.(.+)", r"mm_projector.0.\1"),
     (r"(?:model\.)?multi_modal_projector\.linear_2\.(.+)", r"mm_projector.2.\1"),
-    (r"(?:model\.)?(mm_projector\..+|image_newline)", r"\1"),
+    (r"(?:model\.){0,2}(mm_projector\..+|image_newline)", r"\1"),
     (r"(?:model\.)?(?:vision_tower\.){0,2}(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)",
      r"vision_tower.vision_model.\1"),
 ]
@@ -49,29 +51,10 @@ REFUSED = {  # what no part of LLaVA is made of -> why
         "is a quantised model's; load the one that it was made from",
 }
 
-WRITE = {  # our prefix -> a layout's
-    "llava-hf": {
-        "language_model.": "language_model.",
-        "mm_projector.0.": "multi_modal_projector.linear_1.",
-        "mm_projector.2.": "multi_modal_projector.linear_2.",
-        "image_newline": "image_newline",
-        "vision_tower.": "vision_tower.",
-    },
-    "llava": {
-        "language_model.model.": "model.",
-        "language_model.lm_head.": "lm_head.",
-        "mm_projector.": "model.mm_projector.",
-        "image_newline": "model.image_newline",
-        "vision_tower.": "model.vision_tower.vision_tower.",
-    },
-}
-
 
 def our_name(name):
-    """A tensor's name in a file -> its name in `Llava`, or None if no layout that we know has it.
-
-    What PEFT wraps has its whole old name behind `base_model.model.` (LLAVA.md 6.7).
-    """
+    """A tensor's name in a file -> its name in `Llava`, or None if no layout that we know has it. What PEFT wraps has
+    its whole old name behind `base_model.model.` (LLAVA.md 6.7)."""
     matches = ((re.fullmatch(pattern, name.removeprefix("base_model.model.")), ours) for pattern, ours in READ)
     return next((match.expand(ours) for match, ours in matches if match), None)
 
@@ -88,18 +71,22 @@ def refused(name):
 
 def file_name(name, layout):
     """The reverse of `our_name` for the layouts that we write: llava-hf, llava (which holds plain LLaMA, too)."""
-    prefix = next(ours for ours in WRITE[layout] if name.startswith(ours))
-    return WRITE[layout][prefix] + name[len(prefix):]
+    ours, theirs = next(pair for pair in WRITE[layout].items() if name.startswith(pair[0]))
+    return theirs + name.removeprefix(ours)
 
 
-def projector_type(names):
-    """`mm_projector_type` from our names of a projector's tensors: {'mm_projector.0.weight', …} -> 'mlp1x_gelu'."""
-    if "mm_projector.weight" in names:
-        return "linear"
-    layers = {int(match[1]) for name in names if (match := re.fullmatch(r"mm_projector\.(\d+)\.weight", name))}
-    if layers != set(range(0, 2 * len(layers), 2)):
-        raise ValueError(f"a projector with layers {sorted(layers)} is not known; mlpNx_gelu has 0, 2, 4, …")
-    return f"mlp{len(layers)}x_gelu" if layers else "identity"
+def projector_type(tensors):
+    """What a projector's tensors, by our names, make of it -> (mm_projector_type, width that it takes, that it gives);
+    for the identity, which has none, its type alone. {'mm_projector.0.weight': (32, 24)} -> 'mlp1x_gelu', 24, 32"""
+    weights = sorted((int(match[1] or 0), tensor.shape) for name, tensor in tensors.items()
+                     if (match := re.fullmatch(r"mm_projector\.(\d*)\.?weight", name)))
+    layers = [layer for layer, _ in weights]
+    if layers != [*range(0, 2 * len(layers), 2)]:
+        raise ValueError(f"a projector with layers {layers} is not known; mlpNx_gelu has 0, 2, 4, …")
+    if not weights:
+        return ("identity",)
+    kind = "linear" if "mm_projector.weight" in tensors else f"mlp{len(layers)}x_gelu"
+    return kind, weights[0][1][1], weights[-1][1][0]
 
 
 # --------------------------------------------------------------------------------------------------- config.json, read
@@ -110,36 +97,32 @@ LLAMA_FAMILY = {  # model_type -> what its config class assumes where a file is 
                 "sliding_window": 4096},
 }
 ORIGINAL = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
-LLAVA_HF = ("llava", "llava_next")
 NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # (height, width): llava_next's default
 CLIP_FAMILY = ("clip", "clip_vision_model")
 VIT_L_336 = ClipVisionConfig(1024, 4096, 24, 16, 3, 336, 14)
 OWN_KEYS = (  # fields of LlavaConfig that the original has by the same name, and llava-hf folders of ours, too
     "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "mm_patch_merge_type",
     "image_aspect_ratio", "mm_use_im_start_end", "tokenizer_model_max_length", "conv_mode")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 STRATEGIES = {"patch": "default", "cls_patch": "full"}  # mm_vision_select_feature -> llava-hf's words
 
 
 def read_config(values, names, where):
     """config.json as a dict -> LlavaConfig; `vision` is None where the file does not describe the tower.
-
     values: the file; names: our names of the folder's tensors; where: the folder, for messages. llava-hf omits what
-    equals transformers' defaults, the original what equals its own (LLAVA.md 6.3, 6.4); both are filled in.
-    """
+    equals transformers' defaults, the original what equals its own (LLAVA.md 6.3, 6.4); both are filled in."""
     kind = values.get("model_type")
-    if kind in LLAVA_HF and "text_config" in values:
+    if kind == "llava_next" or kind == "llava" and "text_config" in values:
         return _read_llava_hf(values, names, where)
     if kind in CLIP_FAMILY:
         raise ValueError(f"{where} is a vision tower without a language model; give it as --vision_tower")
-    if kind not in LLAMA_FAMILY and kind not in ORIGINAL:
-        _unknown(where, kind, [*LLAMA_FAMILY, *ORIGINAL, "llava_next"])
-    original, kind = kind in ORIGINAL, ORIGINAL.get(kind, kind)
+    _check_kind(where, "model_type", kind, [*LLAMA_FAMILY, *ORIGINAL, "llava_next"])
+    text = ORIGINAL.get(kind, kind)
     return LlavaConfig(
-        text=LlamaConfig.from_dict({**LLAMA_FAMILY[kind], **values, "model_type": kind}),
-        vision=ClipVisionConfig.from_dict(values) if "vision_config" in values else None,
-        image_grid_pinpoints=read_pinpoints(values.get("image_grid_pinpoints")),
-        unpad_rounded=not original,
-        **_given(values))
+        LlamaConfig.from_dict({**LLAMA_FAMILY[text], **values, "model_type": text}),
+        ClipVisionConfig.from_dict(values) if "vision_config" in values else None,
+        image_grid_pinpoints=read_pinpoints(values.get("image_grid_pinpoints")), unpad_rounded=kind not in ORIGINAL,
+        **given(values))
 
 
 def read_pinpoints(value):
@@ -153,14 +136,11 @@ def read_pinpoints(value):
 
 
 def _read_llava_hf(values, names, where):
-    text, vision = values["text_config"], values.get("vision_config")
+    text, vision = values.get("text_config") or {}, values.get("vision_config") or {}
     kind = text.get("model_type", "llama")
-    if kind not in LLAMA_FAMILY:
-        _unknown(where, kind, LLAMA_FAMILY, "text_config.")
-    if vision and vision.get("model_type", "clip_vision_model") not in CLIP_FAMILY:
-        _unknown(where, vision["model_type"], CLIP_FAMILY, "vision_config.")
-    expected = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
-    for key, wanted in expected.items():
+    _check_kind(where, "text_config.model_type", kind, LLAMA_FAMILY)
+    _check_kind(where, "vision_config.model_type", vision.get("model_type", CLIP_FAMILY[1]), CLIP_FAMILY)
+    for key, wanted in {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}.items():
         if values.get(key, wanted) != wanted:
             raise ValueError(f"{where}/config.json: {key} is {values[key]!r}; LLaVA's projector has {wanted!r}")
     # Files of transformers 4 may say `tie_word_embeddings` at the top without meaning it: a head in the file wins.
@@ -168,7 +148,7 @@ def _read_llava_hf(values, names, where):
         values.get("tie_word_embeddings") and "language_model.lm_head.weight" not in names)
     text = {**LLAMA_FAMILY[kind], **text, "tie_word_embeddings": bool(tied)}
     text["vocab_size"] = values.get("unpadded_vocab_size", text.get("vocab_size"))  # what we wrote without its padding
-    manner = {"image_aspect_ratio": "pad"} | _given(values) | {"mm_patch_merge_type": "flat"}  # 1.5 is trained on pad
+    manner = {"image_aspect_ratio": "pad"} | given(values) | {"mm_patch_merge_type": "flat"}  # 1.5 is trained on pad
     if values["model_type"] == "llava_next":  # which knows no other manner
         manner |= {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad",
                    "image_grid_pinpoints": values.get("image_grid_pinpoints") or NEXT_PINPOINTS}
@@ -179,89 +159,70 @@ def _read_llava_hf(values, names, where):
         "mm_vision_select_feature": "cls_patch" if values.get("vision_feature_select_strategy") == "full" else "patch"})
 
 
-def _given(values, keys=OWN_KEYS):
+def given(values, keys=OWN_KEYS):
     """What is there under these keys, null left out."""
     return {key: values[key] for key in keys if values.get(key) is not None}
 
 
 def read_vision_config(values, where):
     """config.json of a CLIP folder (`clip` with a nested vision_config, or `clip_vision_model`) -> ClipVisionConfig."""
-    if values.get("model_type") not in CLIP_FAMILY and "vision_config" not in values:
-        _unknown(where, values.get("model_type"), CLIP_FAMILY)
+    if "vision_config" not in values:
+        _check_kind(where, "model_type", values.get("model_type"), CLIP_FAMILY)
     older = values.get("vision_config_dict") or {}  # of files from before 2023; transformers, too, lets it win
     return ClipVisionConfig.from_dict({**values.get("vision_config", values), **older})
 
 
 def vision_config_of_shapes(shapes):
     """ClipVisionConfig of a tower that came without config.json; shapes: {our name: tuple}.
-
     Shapes do not say how many heads share the width, nor the activation: 64 numbers per head and quick_gelu are
-    OpenAI's choice; 1280 wide is ViT-H, which has 80 and gelu (laion's).
-    """
-    of = {name.removeprefix("vision_tower.vision_model."): shape for name, shape in shapes.items()}
-    width, _, _, patch = of["embeddings.patch_embedding.weight"]
-    patches = of["embeddings.position_embedding.weight"][0] - 1
+    OpenAI's choice; 1280 wide is ViT-H, which has 80 and gelu (laion's)."""
+    found = _sizes("vision_tower", shapes)
+    width = found.get("hidden_size", ClipVisionConfig.hidden_size)  # without it loading says what is missing
     huge = width == 1280
-    return ClipVisionConfig(
-        hidden_size=width, intermediate_size=of["encoder.layers.0.mlp.fc1.weight"][0],
-        num_hidden_layers=len(_layers(of, "encoder.layers.")),
-        num_attention_heads=width // (80 if huge else 64), image_size=round(patches**0.5) * patch, patch_size=patch,
-        hidden_act="gelu" if huge else "quick_gelu")
+    return ClipVisionConfig(**found, num_attention_heads=width // (80 if huge else 64),
+                            hidden_act="gelu" if huge else "quick_gelu")
 
 
-def _unknown(where, kind, known, key=""):
-    raise ValueError(f"{where}/config.json: {key}model_type {kind!r} is not known here; known are {', '.join(known)}")
+def _check_kind(where, key, kind, known):
+    if kind not in known:
+        raise ValueError(f"{where}/config.json: {key} {kind!r} is not known here; known are {', '.join(known)}")
 
 
 # ------------------------------------------------------------------------------------------ config.json against tensors
 
-
-def check_language_model(text, tensors, where):
-    """ValueError for the first key of a language model's config.json that its tensors (by our names) contradict."""
-    prefix = "language_model.model."
-    size, layer = _sizes(tensors, prefix), "layers.0.self_attn."
-    _compare(where, "", (
-        ("vocab_size", text.vocab_size, size("embed_tokens.weight", 0)),
-        ("hidden_size", text.hidden_size, size("embed_tokens.weight", 1)),
-        ("num_hidden_layers", text.num_hidden_layers, _count(_layers(tensors, prefix + "layers."))),
-        ("intermediate_size", text.intermediate_size, size("layers.0.mlp.gate_proj.weight", 0)),
-        ("num_attention_heads", text.num_attention_heads, size(layer + "q_proj.weight", 0, text.head_dim)),
-        ("num_key_value_heads", text.num_key_value_heads, size(layer + "k_proj.weight", 0, text.head_dim))))
-
-
-def check_tower(vision, tensors, where):
-    """The same for a vision tower."""
-    prefix = "vision_tower.vision_model."
-    size, patch = _sizes(tensors, prefix), vision.patch_size
-    rows = size("embeddings.position_embedding.weight", 0)
-    _compare(where, "vision tower's ", (
-        ("hidden_size", vision.hidden_size, size("embeddings.class_embedding", 0)),
-        ("num_hidden_layers", vision.num_hidden_layers, _count(_layers(tensors, prefix + "encoder.layers."))),
-        ("intermediate_size", vision.intermediate_size, size("encoder.layers.0.mlp.fc1.weight", 0)),
-        ("patch_size", patch, size("embeddings.patch_embedding.weight", 2)),
-        ("image_size", vision.image_size // patch * patch, rows and round((rows - 1) ** 0.5) * patch)))
+SIZES = {  # part -> its prefix; a key of its config.json -> the tensor that shows it, and in which dimension
+    "language_model": ("language_model.model.", {
+        "vocab_size": ("embed_tokens.weight", 0), "hidden_size": ("embed_tokens.weight", 1),
+        "intermediate_size": ("layers.0.mlp.gate_proj.weight", 0),
+        "num_attention_heads": ("layers.0.self_attn.q_proj.weight", 0),
+        "num_key_value_heads": ("layers.0.self_attn.k_proj.weight", 0)}),
+    "vision_tower": ("vision_tower.vision_model.", {
+        "hidden_size": ("embeddings.position_embedding.weight", 1),
+        "places": ("embeddings.position_embedding.weight", 0), "patch_size": ("embeddings.patch_embedding.weight", 2),
+        "intermediate_size": ("encoder.layers.0.mlp.fc1.weight", 0)}),
+}
 
 
-def _sizes(tensors, prefix):
-    """-> function: (name behind the prefix, dimension, unit) -> the tensor's size in units; None: no such tensor."""
-    return lambda name, dim, unit=1: tensors[prefix + name].shape[dim] / unit if prefix + name in tensors else None
+def _sizes(part, shapes, head_dim=1):
+    """What the shapes of a part's tensors, {our name: shape}, say of its config -> {key: number}, as far as they do."""
+    prefix, keys = SIZES[part]
+    found = {key: shapes[prefix + name][dim] for key, (name, dim) in keys.items() if prefix + name in shapes}
+    for key in found.keys() & {"num_attention_heads", "num_key_value_heads"}:
+        found[key] /= head_dim
+    places = found.pop("places", None)  # a class token and the patches of a square
+    if places and "patch_size" in found:
+        found["image_size"] = round((places - 1) ** 0.5) * found["patch_size"]
+    layers = {int(number) for name in shapes for number in re.findall(rf"{prefix}(?:encoder\.)?layers\.(\d+)", name)}
+    return found | ({"num_hidden_layers": len(layers)} if layers == {*range(len(layers))} else {})
 
 
-def _layers(names, prefix):
-    """The numbers of the layers that tensors of these names belong to."""
-    return {int(name[len(prefix):].split(".")[0]) for name in names if name.startswith(prefix)}
-
-
-def _count(numbers):
-    """How many layers there are; None if some between them are not, so that their number says nothing."""
-    return len(numbers) if numbers == set(range(len(numbers))) else None
-
-
-def _compare(where, whose, claims):
-    """claims: (key, what config.json says, what the tensors say) each."""
-    for key, says, found in claims:
-        if found not in (None, says):
-            raise ValueError(f"{where}/config.json: the {whose}{key} is {says}, but the tensors have {found:g}; "
+def check_config(part, config, tensors, where):
+    """ValueError for the first key of a part's config.json that its tensors (by our names) contradict."""
+    found = _sizes(part, {name: tensor.shape for name, tensor in tensors.items()}, getattr(config, "head_dim", 1))
+    for key, number in found.items():
+        says, whose = getattr(config, key), "vision tower's " if part == "vision_tower" else ""
+        if number != (says - says % config.patch_size if key == "image_size" else says):
+            raise ValueError(f"{where}/config.json: the {whose}{key} is {says}, but the tensors have {number:g}; "
                              "correct the key, or copy the folder again")
 
 
@@ -270,18 +231,16 @@ def _compare(where, whose, claims):
 
 def llama_config(config, dtype):
     """config.json of a plain language model."""
-    kind = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[config.text.model_type]
-    return {"architectures": [kind], **_text(config), "torch_dtype": dtype} | _given(
-        vars(config), ["conv_mode", "tokenizer_model_max_length"])
+    return {"architectures": [f"{config.text.model_type.capitalize()}ForCausalLM"], **_text(config),
+            "torch_dtype": dtype, **given(vars(config), ["conv_mode", "tokenizer_model_max_length"])}
 
 
 def llava_config(config, tower, dtype):
     """config.json in the original's form. tower: name or path of the CLIP folder; vision_config is our addition."""
-    values = {**llama_config(config, dtype), **_multimodal(config, tower)}
     kind, anyres = config.text.model_type, config.image_aspect_ratio == "anyres"
-    return values | {"model_type": f"llava_{kind}", "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
-                     "image_grid_pinpoints": [canvas[::-1] for canvas in config.pinpoints] if anyres else None,
-                     "vision_config": _vision(config)}
+    return llama_config(config, dtype) | _multimodal(config, tower) | {
+        "model_type": f"llava_{kind}", "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
+        "image_grid_pinpoints": [canvas[::-1] for canvas in config.pinpoints] if anyres else None}
 
 
 def llava_hf_lacks(config):
@@ -295,41 +254,32 @@ def llava_hf_lacks(config):
 
 def llava_hf_config(config, tower, dtype, image_token_index, rows):
     """config.json in llava-hf's published form, with the original's keys beside it, which transformers lets stand.
-
     anyres makes it a llava_next, whose image_grid_pinpoints are (height, width), not (width, height) as the original's.
-    rows: of the embeddings in the file; more than the vocabulary has where `<image>` needed room (weights.save).
-    """
+    rows: of the embeddings in the file; more than the vocabulary has where `<image>` needed room (weights.save)."""
     values = {
         "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "torch_dtype": dtype,
         "text_config": _text(config) | {"vocab_size": rows},
-        "vision_config": _vision(config),
-        "image_token_index": image_token_index,
-        "image_seq_length": config.image_tokens,
+        "image_token_index": image_token_index, "image_seq_length": config.image_tokens,
         "vision_feature_layer": config.mm_vision_select_layer,
         "vision_feature_select_strategy": STRATEGIES[config.mm_vision_select_feature],
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-        "tie_word_embeddings": config.text.tie_word_embeddings,
-        "bos_token_id": config.text.bos_token_id, "eos_token_id": config.text.eos_token_id,
-        "pad_token_id": config.text.pad_token_id,
+        "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+        **{key: getattr(config.text, key) for key in ("tie_word_embeddings", *TOKEN_IDS)},
     }
     if config.image_aspect_ratio == "anyres":
         values |= {"model_type": "llava_next", "architectures": ["LlavaNextForConditionalGeneration"],
                    "image_grid_pinpoints": config.pinpoints}
-    unpadded = {} if rows == config.text.vocab_size else {"unpadded_vocab_size": config.text.vocab_size}
-    return values | _multimodal(config, tower) | unpadded
+    if rows != config.text.vocab_size:
+        values["unpadded_vocab_size"] = config.text.vocab_size
+    return values | _multimodal(config, tower)
 
 
 def _multimodal(config, tower):
-    """The original's own keys (LLAVA.md 6.3)."""
+    """The original's own keys (LLAVA.md 6.3), and the tower's as llava-hf has them."""
     return {"mm_vision_tower": tower, "mm_hidden_size": config.vision.hidden_size, "use_mm_proj": True,
-            "mm_use_im_patch_token": False} | _given(vars(config))
+            "mm_use_im_patch_token": False, "vision_config": {"model_type": CLIP_FAMILY[1], **asdict(config.vision)},
+            **given(vars(config))}
 
 
 def _text(config):
     silent = {"sliding_window": None} if config.text.model_type == "mistral" else {}  # without the key it would be 4096
     return config.text.to_dict() | silent
-
-
-def _vision(config):
-    return {"model_type": "clip_vision_model", **asdict(config.vision)}

@@ -58,17 +58,15 @@ def add_rows(tensors, tokens, trained, rows, where):
 
 
 def check_tokens(tokenizer, rows, image_token, where):
-    """Compare a tokenizer with the rows of its embeddings. -> the ids that no answer may hold, a list
-
-    image_token: llava-hf's id of `<image>`, or None. ValueError if the tokenizer is another model's.
-    """
+    """Compare a tokenizer with the rows of its embeddings. -> the ids that no answer may hold, a list.
+    image_token: llava-hf's id of `<image>`, or None. ValueError if the tokenizer is another model's."""
     surplus = [i for i in range(rows, len(tokenizer)) if i != image_token]
     if surplus:
         names = ", ".join(tokenizer.decode([i], skip_special_tokens=False) for i in surplus[:8])
+        names += " …" * (len(surplus) > 8)
         if not set(surplus) <= tokenizer.special_ids:
-            more = " …" if len(surplus) > 8 else ""
             raise ValueError(f"{where}: the tokenizer has {len(tokenizer)} tokens, the embeddings have {rows} rows, "
-                             f"none for {names}{more}; copy the tokenizer that belongs to the weights")
+                             f"none for {names}; copy the tokenizer that belongs to the weights")
         say(f"WARNING: {where}: the embeddings have {rows} rows and none for {names}; keep such tokens out of texts")
     if rows > len(tokenizer):
         say(f"{where}: rows {len(tokenizer)}-{rows - 1} of the vocabulary have no token and are never sampled")

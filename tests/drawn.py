@@ -1,6 +1,8 @@
 """Pictures and records drawn for the tests of training and answering, and train.py called from within the process."""
 
 import json
+import random
+import socket
 
 from PIL import Image, ImageDraw
 
@@ -53,6 +55,19 @@ def words(**flags):
 def rows_of(out):
     """log.jsonl of an output folder."""
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def ports(count):
+    """Free ports of this machine, below those that it gives to outgoing connections: they stay free for a while."""
+    found = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(20000, 32000)
+        try:
+            socket.create_server(("localhost", port)).close()
+            found += [port] * (port not in found)
+        except OSError:
+            pass
+    return found
 
 
 def run_train(out, **flags):

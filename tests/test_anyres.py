@@ -22,7 +22,7 @@ from vision import (
     ClipVisionConfig,
     ImageProcessor,
     best_resolution,
-    check_merge,
+    check_views,
     fit,
     join_tiles,
     unpad,
@@ -145,7 +145,7 @@ def test_reading_order():
 def test_what_anyres_cannot_do_is_said(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         config = vit_l(**changes)
-        check_merge(config.mm_patch_merge_type, config.mm_vision_select_feature)
+        check_views("anyres", config.mm_patch_merge_type, config.mm_vision_select_feature)
         config.tokens_of((400, 500))
     for wrong in ("(1x1),...,(6x6)", [336, 672], "[[1, 2, 3]]"):
         with pytest.raises(ValueError, match="expected pairs of width and height"):

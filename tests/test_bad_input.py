@@ -231,7 +231,7 @@ FLAGS = {
     "unknown on_bad_record": ({"on_bad_record": "cry"}, ["--on_bad_record", "'cry'", "skip"]),
     "unknown layer": ({"mm_vision_select_layer": -9}, ["mm_vision_select_layer -9", "3 layers"]),
     "contradiction": ({"tune_mm_mlp_adapter": True, "freeze_mm_mlp_adapter": True}, ["drop one"]),
-    "not built": ({"lora_enable": True}, ["--lora_enable True is not built yet"]),
+    "not built": ({"sep_image_conv_front": True}, ["--sep_image_conv_front True is not built yet"]),
     "nothing left to train": ({"vision_tower": None, "tune_mm_mlp_adapter": True}, ["nothing is left to train"]),
     "unknown optimiser": ({"optim": "sgd"}, ["--optim", "'sgd'", "adamw_torch"]),
 }

@@ -3,16 +3,17 @@
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from drawn import draw, rows_of, run_train, words
+from drawn import draw, ports, rows_of, run_train, words
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import metadata
 
@@ -154,21 +155,16 @@ def test_a_run_killed_in_a(when, flags, straight, tmp_path, capsys):
     assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "test-save").exists()
 
 
-def ports(count):
-    """Free ports of this machine."""
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    found = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return found
+def of_two_ranks(flags, folder):
+    """The flags for two ranks, and as many records for each."""
+    records = json.loads(flags["data_path"].read_text())[:4]
+    (folder / "four.json").write_text(json.dumps(records))
+    return {key: flags[key] for key in flags if not key.startswith("eval")} | {
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "data_path": folder / "four.json"}
 
 
 def test_two_ranks_killed_go_on_as_two_and_as_one(flags, tmp_path):
-    two = {key: flags[key] for key in flags if not key.startswith("eval")} | {
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "data_path": flags["data_path"]}
-    records = json.loads(flags["data_path"].read_text())[:4]  # as many on two ranks as on one
-    (tmp_path / "four.json").write_text(json.dumps(records))
-    two["data_path"] = tmp_path / "four.json"
+    two = of_two_ranks(flags, tmp_path)
     first, second, third = ports(3)
     whole, killed, alone = tmp_path / "whole", tmp_path / "killed", tmp_path / "alone"
     runs = [process("save" if rank == 0 else "", (first, two | {"output_dir": killed}), rank=rank) for rank in (0, 1)]
@@ -184,6 +180,42 @@ def test_two_ranks_killed_go_on_as_two_and_as_one(flags, tmp_path):
     assert [row["ids"] for row in rows_of(alone)] == [row["ids"] for row in rows_of(whole)]
     for key in "loss", "grad_norm":
         assert [row[key] for row in rows_of(alone)] == pytest.approx([row[key] for row in rows_of(whole)], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_twenty_runs_killed_at_random_moments(ranks, flags, tmp_path):
+    chance, kills = random.Random(ranks), 0
+    flags = (of_two_ranks(flags, tmp_path) if ranks == 2 else flags) | {"save_steps": 1}
+
+    def begin(out):
+        port = ports(1)[0]
+        return [process("", (port, flags | {"output_dir": out}), rank=rank if ranks == 2 else None)
+                for rank in range(ranks)]
+
+    for run in begin(tmp_path / "straight"):
+        assert run.wait(120) == 0, run.stderr.read()
+    for number in range(20):
+        out = tmp_path / f"{number}"
+        for _ in range(2):
+            before, runs = stamp(out), begin(out)
+            while stamp(out) == before and runs[0].poll() is None:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 1))  # about as long as the eight steps take
+            for run in chance.sample(runs, ranks):
+                kills += run.poll() is None
+                run.kill()
+                run.wait()
+        for run in begin(out):
+            assert run.wait(120) == 0, run.stderr.read()
+        assert_same_run(out, tmp_path / "straight")
+    assert kills > 20 * ranks
+
+
+def stamp(out):
+    """What changes when a run writes into its log.jsonl."""
+    log = out / "log.jsonl"
+    return log.stat().st_mtime_ns if log.exists() else None
 
 
 # ------------------------------------------------------------------------------------------------- stopped and finished

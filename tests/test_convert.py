@@ -236,6 +236,14 @@ def test_inspect_says_what_each_layout_is_and_what_it_lacks(
     assert "language_model.model.norm.weight  (32,) float32" in out
 
 
+def test_inspect_a_line_end_beside_an_identity_projector(run, tiny_llama, tmp_path):
+    folder = edited(tiny_llama("gqa"), tmp_path / "x", mm_projector_type="identity", model_type="llava_llama")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.image_newline": torch.ones(32)}, folder / "model.safetensors")
+    code, out, _ = run("inspect", folder)
+    assert code == 0 and "mm_projector" in out and "; identity\n" in out and "missing to run it: a vision tower" in out
+
+
 def test_inspect_refuses_what_is_none(refusal, tmp_path):
     assert "nowhere does not exist" in refusal("inspect", tmp_path / "nowhere")
     (tmp_path / "x.bin").write_bytes(b"PK")

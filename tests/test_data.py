@@ -239,6 +239,7 @@ BAD = [
     ({"id": "r", "conversations": []}, "no conversations"),
     ({"id": "r", "conversations": [{"from": "human"}]}, "turn without text: turn 1"),
     (talk("q", "a") | {"conversations": [{"from": "user", "value": "q"}]}, "unknown role: turn 1 is from 'user'"),
+    (talk("q", "a") | {"conversations": [{"from": ["gpt"], "value": "q"}]}, r"unknown role: turn 1 is from \['gpt'\]"),
     (talk("q"), "nothing to learn"),
     (talk("q", "a", image=3), "image is no file name: 3"),
     (talk("<image>", "a", image=["red.png"] * 2), "pictures and tags differ"),
@@ -254,6 +255,8 @@ def test_a_bad_record_stops_or_is_left_out(loaded, pictures, record, sentence):
         data.Records(path, pictures, loaded)
     records = data.Records([path], pictures, loaded, on_bad_record="skip")
     assert len(records) == 1 and records.report().startswith("1 records: left out, ")
+    path.write_text(json.dumps([talk("q", "good"), record | {"id": 7}]))
+    assert data.Records(path, pictures, loaded, on_bad_record="skip").report().endswith(" (7)")  # a number is a name
     path.write_text(json.dumps([record]))
     with pytest.raises(ValueError, match="every record was left out"):
         data.Records(path, pictures, loaded, on_bad_record="skip")

@@ -170,11 +170,13 @@ def faulty(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"x")
     Image.new("RGB", (8, 8)).save(tmp_path / "really.jpg", "PNG")
     Image.new("RGB", (8, 8)).save(tmp_path / "nameless", "PNG")
+    Image.new("I;16", (8, 8), 1000).save(tmp_path / "deep.png")
     ask = ("human", "<image>\nWhat?")
     return [
         record("good", "a.png", ask, ("gpt", "A circle.")), record("text", None, ("human", "Hi"), ("gpt", "Hello.")),
         record("gone", "gone.png", ask, ("gpt", "x")), record("broken", "broken.png", ask, ("gpt", "x")),
         record("jpg", "really.jpg", ask, ("gpt", "y")), record("nameless", "nameless", ask, ("gpt", "z")),
+        record("deep", "deep.png", ask, ("gpt", "white")),
         record("tag", None, ask, ("gpt", "no picture")), record("untold", "b.png", ("human", "What?"), ("gpt", "B.")),
         record("nothing", None, ("human", "Hi")), record("empty", None, ("human", "Hi"), ("gpt", "")),
         record("good", "b.png", ask, ("gpt", "Another.")), record("twin", "a.png", ask, ("gpt", "A circle.")),
@@ -185,20 +187,21 @@ def faulty(tmp_path):
 def test_check_finds_every_fault_and_fix_leaves_none(check, tmp_path, workers):
     status, report, _ = check(faulty(tmp_path), "--dataloader_num_workers", workers, "--fix", tmp_path / "clean.json",
                               "--model_max_length", 200)
-    assert status == 1 and report["records"] == 13 and report["clean"] == 7
+    assert status == 1 and report["records"] == 14 and report["clean"] == 8
     assert report["errors"] == {
         "missing picture": ["gone"], "broken picture": ["broken"], "nothing to learn": ["nothing"]}
     assert report["notes"] == {
-        data.SUFFIX: ["jpg"], data.SAME_ID: ["good"], data.SAME: ["twin"], "empty answer": ["empty"],
+        data.SUFFIX: ["jpg"], data.DEEP: ["deep"], data.SAME_ID: ["good"], data.SAME: ["twin"],
+        "empty answer": ["empty"],
         "an <image> tag without a picture: it is plain text": ["tag"],
         "a picture without an <image> tag: it is not shown": ["untold"],
         "cut at model_max_length: nothing to learn is left": ["long"]}
     status, report, _ = check(tmp_path / "clean.json")
-    assert status == 0 and report["records"] == report["clean"] == 7
+    assert status == 0 and report["records"] == report["clean"] == 8
     assert set(report["notes"]) == {
-        data.SUFFIX, data.SAME_ID, "an <image> tag without a picture: it is plain text"}
+        data.SUFFIX, data.DEEP, data.SAME_ID, "an <image> tag without a picture: it is plain text"}
     fixed = {r["id"]: r for r in json.loads((tmp_path / "clean.json").read_text())}
-    assert list(fixed) == ["good", "text", "jpg", "nameless", "tag", "untold"]
+    assert list(fixed) == ["good", "text", "jpg", "nameless", "deep", "tag", "untold"]
     assert fixed["untold"]["conversations"][0]["value"] == "<image>\nWhat?"
 
 

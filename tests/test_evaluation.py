@@ -1,16 +1,22 @@
-"""training/evaluation.py: the sight meter, held against answerers of which we know what they see."""
+"""training/evaluation.py: the sight meter, held against answerers of which we know what they see; the best model."""
 
+import os
+import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
-from drawn import COLOURS, draw, record, write
+from drawn import COLOURS, draw, record, rows_of, words, write
 from PIL import Image
+from safetensors.torch import load_file
+from test_checkpoint import at_step, names, ports, process
 
 import data
+import train
 from model import IGNORE_INDEX
 from sample import Answer
-from training import evaluation
+from training import checkpoint, evaluation, flags
 from training.evaluation import Judge, plain
 from weights import load
 
@@ -187,3 +193,166 @@ def test_several_files_give_a_row_each(judge, tmp_path):
     ("yes, it is", "yes it is", False), ("", ".", True)])
 def test_answers_are_compared_without_case_spaces_and_full_stop(said, expected, same):
     assert (plain(said) == plain(expected)) is same
+
+
+# ------------------------------------------------------------------------------------------------------- the best model
+
+LOSSES = {0: 0.1, 2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: 3.0, 12: 9.0}  # 4 is best: 0 was before training, 10 no better
+
+
+@pytest.fixture
+def start(tiny_llama, tiny_clip, scenes, tmp_path, monkeypatch):
+    """start(losses, **flags) trains stage 1 for 12 steps, evaluations told from a list. -> exit status"""
+    given = dict(model_name_or_path=tiny_llama("gqa"), vision_tower=tiny_clip, image_folder=scenes, version="plain",
+                 data_path=scenes / "captions.json", tune_mm_mlp_adapter=True, per_device_train_batch_size=2,
+                 learning_rate=1e-2, use_cpu=True, output_dir=tmp_path / "out", save_projector_only=True, max_steps=12,
+                 lr_scheduler_type="constant", eval_data_path=scenes / "talks.json", eval_steps=2, save_steps=2,
+                 eval_generate=1)
+
+    def run(losses=LOSSES, metric="eval_loss", **options):
+        def rows(judge, step):
+            for name in judge.sets:
+                yield {"step": step, "eval_set": name, "eval_loss": 0.0, "eval_seconds": 0.0} | (
+                    {metric: losses[step] if name == "talks" else -step})
+
+        monkeypatch.setattr(Judge, "rows", rows)
+        monkeypatch.setattr(evaluation, "line", str)
+        return train.main(words(**given | options))
+    return run
+
+
+def projector(out):
+    """The weights that a run has written."""
+    return {name: tensor.tolist() for name, tensor in torch.load(out / "mm_projector.bin").items()}
+
+
+@pytest.fixture
+def after(start, tmp_path):
+    """after(N): the weights after N steps."""
+    def weights(steps):
+        assert start(max_steps=steps, output_dir=tmp_path / f"plain{steps}", save_strategy="no") == 0
+        return projector(tmp_path / f"plain{steps}")
+    return weights
+
+
+def test_the_best_evaluated_checkpoint_is_written_at_the_end(start, after, tmp_path, capsys):
+    assert start(load_best_model_at_end=True) == 0
+    said = capsys.readouterr().out
+    assert "eval_loss of talks decides which evaluation is best" in said
+    assert "the weights of step 4 are written, of the best eval_loss, 3.0000" in said
+    assert projector(tmp_path / "out") == after(4) != after(12)
+    assert [row["step"] for row in rows_of(tmp_path / "out") if "loss" in row] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("options, best", [
+    ({"metric": "eval_match", "metric_for_best_model": "match"}, 12),
+    ({"metric": "eval_match", "metric_for_best_model": "eval_match", "greater_is_better": False}, 4),
+    ({"metric_for_best_model": "loss", "greater_is_better": True}, 12), ({"save_steps": 6}, 6),
+    ({"losses": LOSSES | {4: None, 10: float("nan")}}, 8)])
+def test_what_is_best(options, best, start, tmp_path, capsys):
+    assert start(load_best_model_at_end=True, **options) == 0
+    assert f"the weights of step {best} are written" in capsys.readouterr().out
+
+
+def test_the_first_file_decides(start, scenes, tmp_path, capsys):
+    more = write(tmp_path / "more.json", COLOURED)
+    assert start(load_best_model_at_end=True, eval_data_path=f"{scenes / 'talks.json'},{more}") == 0
+    assert "the weights of step 4 are written" in capsys.readouterr().out
+
+
+def test_the_limit_spares_the_best(start, tmp_path):
+    assert start(load_best_model_at_end=True, save_total_limit=1) == 0
+    assert names(tmp_path / "out") == ["checkpoint-4", "checkpoint-12"]
+    assert start(save_total_limit=1, output_dir=tmp_path / "plain") == 0
+    assert names(tmp_path / "plain") == ["checkpoint-12"]
+
+
+def test_a_killed_run_remembers_its_best(start, after, tmp_path, capsys):
+    options = {"load_best_model_at_end": True, "save_total_limit": 1, "early_stopping_patience": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 7, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start(**options)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start(**options) == 143
+    assert checkpoint.read_state(tmp_path / "out" / "checkpoint-9")["best"] == {"step": 4, "value": 3.0, "since": 2}
+    capsys.readouterr()
+    assert start(**options) == 0
+    said = capsys.readouterr().out
+    assert "10 steps of 12, since 3 evaluations in a row were no better" in said and "the weights of step 4" in said
+    assert projector(tmp_path / "out") == after(4)
+
+
+def test_patience_ends_the_run_for_good(start, after, tmp_path, capsys):
+    assert start(early_stopping_patience=2) == 0
+    assert "8 steps of 12, since 2 evaluations in a row were no better" in capsys.readouterr().out
+    assert projector(tmp_path / "out") == after(8)  # the last step's, nothing else was asked for
+    assert start(early_stopping_patience=2) == 0
+    assert "finished after 8 steps" in capsys.readouterr().out
+    (tmp_path / "out" / "trainer_state.json").unlink()  # killed before all was written
+    assert start(early_stopping_patience=2) == 0
+    assert "8 steps of 12" in capsys.readouterr().out and rows_of(tmp_path / "out")[-1]["step"] == 8
+    assert start(early_stopping_patience=9, resume_anyway=True) == 0
+    assert rows_of(tmp_path / "out")[-1]["step"] == 12
+
+
+def test_a_best_model_that_is_not_there_is_said(start, after, tmp_path, capsys):
+    assert start({step: None for step in LOSSES}, load_best_model_at_end=True) == 0
+    assert "WARNING: no evaluation told eval_loss; the last step is written" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 9, lambda: shutil.rmtree(tmp_path / "out" / "checkpoint-4"))
+        assert start(load_best_model_at_end=True, overwrite_output_dir=True) == 0
+    said = capsys.readouterr().out
+    assert "WARNING" in said and "checkpoint-4 had the best eval_loss, but is incomplete" in said
+    assert projector(tmp_path / "out") == after(12)
+
+
+@pytest.mark.parametrize("given, sentence", [
+    ("--load_best_model_at_end", "--load_best_model_at_end goes by evaluations while training; give --eval_data_path"),
+    ("--early_stopping_patience 2 EVAL", "--early_stopping_patience goes by evaluations"),
+    ("--early_stopping_patience 0 EVAL --eval_steps 2", "--early_stopping_patience 0 is too small"),
+    ("--load_best_model_at_end EVAL --eval_steps 2 --metric_for_best_model match", "--eval_generate"),
+    ("--early_stopping_patience 3 EVAL --eval_steps 2 --metric_for_best_model match --eval_generate 5 "
+     "--eval_pictures blank", "true among --eval_pictures"),
+    ("--load_best_model_at_end EVAL --eval_steps 2 --save_strategy no", "give --save_strategy steps"),
+    ("--load_best_model_at_end EVAL --eval_steps 2 --save_strategy epoch", "give --save_strategy steps"),
+    ("--load_best_model_at_end EVAL --eval_steps 3", "a multiple of 3 for --save_steps"),
+    ("--load_best_model_at_end EVAL --evaluation_strategy epoch", "give --save_strategy epoch")])
+def test_flags_that_contradict_the_best_model(given, sentence):
+    with pytest.raises(ValueError) as error:
+        flags.parse(asked(given))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def asked(given):
+    """A command line."""
+    given = given.replace("EVAL", "--eval_data_path e.json")
+    return f"--model_name_or_path m --data_path d --output_dir o {given}".split()
+
+
+@pytest.mark.parametrize("given", ["--eval_steps 5 --save_steps 10", "--evaluation_strategy epoch --save_strategy epoch"
+                                   ])
+def test_flags_that_fit_the_best_model(given):
+    flags.parse(asked(f"--load_best_model_at_end --early_stopping_patience 3 EVAL {given}"))
+
+
+def test_two_ranks_stop_early_and_write_the_best_together(tiny_llama, tiny_clip, scenes, tmp_path):
+    """The highest loss is wanted, so that the first evaluation is the best."""
+    write(tmp_path / "four.json", COLOURED[:4])
+    shared = dict(model_name_or_path=tiny_llama("gqa"), vision_tower=tiny_clip, image_folder=scenes, version="v1",
+                  data_path=tmp_path / "four.json", learning_rate=1e-2, max_steps=8, per_device_train_batch_size=1,
+                  eval_data_path=tmp_path / "four.json", eval_steps=2, save_steps=2, save_total_limit=1,
+                  load_best_model_at_end=True, early_stopping_patience=2, greater_is_better=True,
+                  lr_scheduler_type="constant")
+    port, = ports(1)
+    runs = [process("", (port, shared | {"output_dir": tmp_path / "two"}), rank=rank) for rank in (0, 1)]
+    assert train.main(words(use_cpu=True, output_dir=tmp_path / "one", gradient_accumulation_steps=2, **shared)) == 0
+    assert [run.wait(180) for run in runs] == [0, 0], [run.stderr.read() for run in runs]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    losses = {row["step"]: row["eval_loss"] for row in rows_of(tmp_path / "two") if "eval_loss" in row}
+    assert names(tmp_path / "two") == names(tmp_path / "one") == ["checkpoint-2", "checkpoint-6"]
+    assert [*losses] == [0, 2, 4, 6]
+    assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4) for name in one)
+    best = checkpoint.read_state(tmp_path / "two" / "checkpoint-6")["best"]
+    assert best == {"step": 2, "value": losses[2], "since": 2}

@@ -338,8 +338,6 @@ def test_lora_folders_are_read_and_named(tiny_llama, tmp_path, binary, prefix):
     assert adapter.modules.keys() == modules
     pair = adapter.modules["language_model.model.layers.2.mlp.down_proj.weight"]
     assert pair["lora_A"].shape == (4, 48) and pair["lora_B"].shape == (32, 4) and not pair["lora_B"].read().any()
-    with pytest.raises(ValueError, match="is a LoRA adapter of rank 4 for lmsys/vicuna-7b-v1.5; adapters are no"):
-        load(folder, model_base=tiny_llama("gqa"))
 
 
 def test_adapters_of_every_layout_name_the_same_module():
@@ -454,8 +452,8 @@ def test_quantised_files(tiny_llama, tmp_path):
     save_file(tensors | {up + ".absmax": torch.ones(3)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=f"'{up}.absmax' is a quantised model's; load the one that"):
         load(folder)
-    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(ValueError, match="is quantised .bitsandbytes.; load the model that it was made from"):
+    edit_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(ValueError, match="is quantised .awq.; only bitsandbytes is known: load the model that it was"):
         load(folder)
 
 
@@ -482,6 +480,14 @@ def test_a_config_that_contradicts_its_tensors(original, changes, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         load(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tower_that_is_not_whole_and_without_a_config(original, tiny_clip):
+    tower = {f"model.vision_tower.vision_tower.vision_model.{name}": tensor
+             for name, tensor in load_file(tiny_clip / "model.safetensors").items() if "patch_embedding" not in name}
+    folder = original(extra=tower, mm_vision_tower="someone/clip", unfreeze_mm_vision_tower=True)
+    with pytest.raises(ValueError, match=r"do not agree: .*missing: \S+\.embeddings\.patch_embedding\.weight"):
+        load(folder)
 
 
 def test_every_name_is_listed():

@@ -140,7 +140,7 @@ def dense(q, k, v, causal):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("lengths", [[5], [1, 1, 1], [7, 7, 7], [9, 4, 6], [90, 2, 1, 3], [401]])
+@pytest.mark.parametrize("lengths", [[5], [1, 1, 1], [7, 7, 7], [9, 4, 6], [90, 2, 1, 3], [401], [701]])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_attention_equals_the_formula(lengths, kv_heads, dtype, tolerance):
     generator = torch.Generator().manual_seed(1)

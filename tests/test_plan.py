@@ -14,6 +14,7 @@ from conftest import clip_config, copy_tokenizer, llama_config
 from drawn import draw, record, rows_of, words, write
 from torch.profiler import ProfilerActivity, profile, record_function
 
+import lora
 import train
 import weights
 from formats.files import read_json
@@ -63,15 +64,21 @@ def measure(work):
 @pytest.mark.parametrize("text, lengths", [(MHA, (210, 210)), (GQA, (250, 170, 200)), (GQA, (300, 100, 100, 100)),
                                            (MHA, (420,))], ids=["even", "padded", "one by one", "products no more"])
 @pytest.mark.parametrize("trained", [("mm_projector",), ("mm_projector", "language_model"),
-                                     ("vision_tower", "mm_projector", "language_model")], ids=len)
+                                     ("vision_tower", "mm_projector", "language_model"), ("mm_projector", 8)], ids=str)
 def test_activations_are_counted(trained, text, lengths, dtype, checkpointing):
-    model = model_of(text).to(getattr(torch, dtype))
-    for part in trained:
+    model, rank = model_of(text).to(getattr(torch, dtype)), trained[-1] if trained[-1] == 8 else 0
+    if rank:
+        lora.inject(model, "language_model", lora.LoraConfig(rank, lora_dropout=0.1), 0)
+        model.to(getattr(torch, dtype))
+        for p in lora.trained(model.requires_grad_(False), "none"):
+            p.requires_grad_(True)
+    for part in trained[:-1] if rank else trained:
         getattr(model, part).requires_grad_(True)
     model.language_model.model.gradient_checkpointing = checkpointing
     batch = batch_of(lengths)
     _, kept, _, loss = measure(lambda: model.loss(batch))
-    step = plan.Step(lengths, 30 * len(lengths), len(lengths), dtype=dtype, checkpointing=checkpointing, cuda=False)
+    step = plan.Step(lengths, 30 * len(lengths), len(lengths), dtype=dtype, checkpointing=checkpointing, lora_r=rank,
+                     cuda=False)
     assert sum(plan.activations(model, step).values()) == pytest.approx(kept, rel=0.03)  # without indices and seeds
     del loss
 
@@ -104,7 +111,9 @@ def held(tensor):
 
 @pytest.mark.parametrize("others", [
     {"stage": "pretrain"}, {"stage": "pretrain", "bf16": True, "gradient_checkpointing": True}, {"stage": "finetune"},
-    {"stage": "finetune", "gradient_checkpointing": True}, {"stage": "finetune", "bf16": True}], ids=str)
+    {"stage": "finetune", "gradient_checkpointing": True}, {"stage": "finetune", "bf16": True},
+    {"stage": "finetune", "lora_enable": True, "lora_r": 8}, {"stage": "finetune", "lora_enable": True, "bf16": True}],
+    ids=str)
 def test_a_run_allocates_what_the_plan_says(folders, tmp_path, monkeypatch, others):
     """Weights, gradients, AdamW's moments, activations, and all of it at the fullest moment of the second step."""
     found, forward_backward = {}, train.Loop.forward_backward
@@ -180,6 +189,8 @@ def test_a_plan_that_fits(capsys, monkeypatch):
     sizes = {line[:40].strip(): float(line[40:].split()[0]) for line in said.splitlines()[5:]}
     assert sizes["language_model, trained, float32"] == pytest.approx(4 * 6.738 / 8, abs=0.01)
     assert sizes.pop("together") == pytest.approx(sum(sizes.values()), abs=0.1)
+    train.main((SEVEN + "--gpus 8x80GB --fsdp_replicas 2").split())  # four devices share a model
+    assert f"{'language_model, trained, float32':40s} {4 * 6.738 / 4:8.2f}" in capsys.readouterr().out
 
 
 def test_what_to_change_makes_it_fit(capsys):

@@ -1,4 +1,4 @@
-"""training/plot.py: the curves are where the log says, and bad input is one sentence."""
+"""benches/plot.py: the curves are where the log says, and bad input is one sentence."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
+import train
 from benches import plot
 
 BLUE, ORANGE, GREY = plot.RUNS[0], plot.PICTURES["eval_match_shuffled"][1], plot.PICTURES["eval_match_blank"][1]
@@ -19,10 +20,10 @@ def write_run(folder, loss=2.0, match=0.75, steps=100, unseen=True):
     folder.mkdir()
     rows = [{"step": step, "loss": loss} for step in range(1, steps + 1)]
     for step in (steps // 2, steps) if match is not None else ():
-        meter = {"eval_loss": 1.0, "eval_match": match, "eval_match_shuffled": 0.25, "eval_match_blank": 0.125}
+        meter = {"eval_loss": 0.4, "eval_match": match, "eval_match_shuffled": 0.25, "eval_match_blank": 0.125}
         rows.append({"step": step, **meter})
         if unseen:
-            rows.append({"step": step, "eval_set": "unseen", **meter, "eval_match": 0.5})
+            rows.append({"step": step, "eval_set": "unseen", **meter, "eval_match": 0.5, "eval_loss": 1.5})
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -51,6 +52,8 @@ def test_one_run(tmp_path):
     assert png.stat().st_size < 300_000
     assert share(png, BLUE, band(2.0, 80, 610, 1.08 * 2)) == 1  # the loss, from the first step to the last
     assert share(png, BLUE, band(1.0, 80, 610, 1.08 * 2)) == 0
+    assert 0.4 < share(png, BLUE, band(0.4, 360, 610, 1.08 * 2)) < 0.9  # held out, dashed
+    assert share(png, BLUE, band(0.4, 80, 330, 1.08 * 2)) == share(png, BLUE, band(1.5, 80, 610, 1.08 * 2)) == 0
     begin, end = 1100, plot.RIGHT - 10  # the evaluations stand at half of the steps and at the last
     assert share(png, BLUE, band(0.75, begin, end)) == 1
     assert 0.4 < share(png, BLUE, band(0.5, begin, end)) < 0.9  # the unseen set is dashed
@@ -92,7 +95,7 @@ def test_a_log_as_training_leaves_it(tmp_path):
     rows = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 8.0}, {"step": 2, "loss": 7.0}, {"step": 3, "loss": None},
             {"step": 3, "eval_loss": 1.0, "eval_match": None}, {"step": 3, "eval_loss": 1.0}]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert plot.read_log(tmp_path) == ({1: 9.0, 2: 7.0}, {})
+    assert plot.read_log(tmp_path) == ({1: 9.0, 2: 7.0}, {(None, 3): rows[-1]})
     plot.plot_runs([tmp_path], tmp_path / "plot.png")
 
 
@@ -134,3 +137,25 @@ def test_command_line(tmp_path):
     assert subprocess.run([*command, f"{first},{second}"], cwd=root).returncode == 0 and png.exists()
     refused = subprocess.run([*command, str(tmp_path / "none")], cwd=root, capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "no such file" in refused.stderr
+
+
+def test_train_draws_runs_of_different_lengths(tmp_path, monkeypatch, capsys):
+    short, long = write_run(tmp_path / "a", match=None, steps=50), write_run(tmp_path / "b", loss=1.0, steps=200)
+    monkeypatch.chdir(tmp_path)
+    assert not train.main(["--plot", str(short), str(long), "--out", "two.png"])
+    assert f"{short}, {long} drawn into two.png" in capsys.readouterr().out
+    quarter = plot.LEFT + (620 - plot.LEFT) // 4
+    assert share("two.png", plot.RUNS[0], band(2.0, 80, quarter - 8, 1.08 * 2)) == 1  # it ends after a quarter
+    assert share("two.png", plot.RUNS[0], band(2.0, quarter + 12, 600, 1.08 * 2)) == 0
+    assert share("two.png", plot.RUNS[1], band(1.0, 80, 610, 1.08 * 2)) == 1
+    assert share("two.png", plot.RUNS[1], band(0.75, 1100, plot.RIGHT - 10)) == 1  # its meter
+    train.main(["--plot", f"{long},{short}"])
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_train_says_what_it_cannot_draw(tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    refused = subprocess.run([sys.executable, root / "train.py", "--plot", "none"], cwd=tmp_path, capture_output=True,
+                             text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "none/log.jsonl: no such file; to plot a run, name the --output_dir of its training" in refused.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from drawn import words
 
-from training import flags, recipes
+from training import flags
 
 NEEDED = words(model_name_or_path="m", data_path="d", output_dir="o")
 
@@ -47,10 +47,13 @@ def test_recipes_are_the_published_ones(recipe, stage, ranks, monkeypatch):
     assert args.group_by_modality_length == (recipe in ("v1.5", "v1.5-task") and stage == "finetune")
 
 
-@pytest.mark.parametrize("recipe", [name for name in recipes.RECIPES if "lora" in name])
-def test_recipes_of_the_next_chapter_say_so(recipe):
-    with pytest.raises(ValueError, match="--lora_enable True is not built yet"):
-        parse(f"--recipe {recipe} --stage finetune")
+@pytest.mark.parametrize("recipe, expected", [
+    ("v1.0-lora", (64, 16, 0.05, 2e-5, None, 16)), ("v1.0-qlora", (64, 16, 0.05, 2e-5, None, 4)),
+    ("v1.5-lora", (128, 256, 0.05, 2e-4, 2e-5, 16)), ("v1.5-task-lora", (128, 256, 0.05, 2e-4, 2e-5, 16))])
+def test_recipes_of_adapters(recipe, expected):
+    args = parse(f"--recipe {recipe} --stage finetune")
+    assert (args.lora_r, args.lora_alpha, args.lora_dropout, args.learning_rate, args.mm_projector_lr,
+            args.bits) == expected and args.lora_enable and args.lora_bias == "none"
 
 
 def test_any_flag_goes_before_a_recipe(monkeypatch):
@@ -139,3 +142,12 @@ def test_every_training_command_of_the_seed_documents_is_understood(capsys):
         args = flags.parse(shlex.split(command))
         assert args.max_grad_norm == (0 if args.deepspeed else 1), name
         assert args.keep_gathered == (args.deepspeed is not None) and args.bf16 and args.lr_scheduler_type == "cosine"
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--dataloader_num_workers -1", "too small; it is 0 or more"), ("--save_steps 0", "too small; it is 1 or more"),
+    ("--adam_beta1 2", "too large; it is less than 1"), ("--warmup_ratio 3", "too large; it is less than 1"),
+    (f"--output_dir {__file__}", "is a file; name a folder")])
+def test_a_number_out_of_range_is_one_sentence(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse(f"--recipe v1.5 --stage finetune {words}")

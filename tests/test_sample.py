@@ -339,3 +339,13 @@ def test_numbers_that_cannot_draw_are_refused(odd):
 def test_a_device_that_is_not_here_is_refused():
     with pytest.raises(ValueError, match="--device tpu is not here; use auto or .*cpu"):
         pick_device("tpu")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--image", "nope.png"], "--image nope.png does not exist"),
+    (["--image", __file__, "--attention", "nowhere/out.png"], "--attention nowhere/out.png: expected a picture's name"),
+    (["--image", __file__, "--attention", "out.mp3"], "--attention out.mp3: expected a picture's name")])
+def test_a_wrong_path_is_told_before_anything_is_loaded(words, message, monkeypatch):
+    monkeypatch.setattr(sample, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=message):
+        sample.main(["--prompt", "What is it?", *words])

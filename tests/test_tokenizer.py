@@ -358,6 +358,9 @@ def test_mistakes_name_the_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json: expected JSON"):
         Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected JSON \(an object, not \[1\]\)"):
+        Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: .* no key 'model'"):
         Tokenizer.from_folder(tmp_path)

@@ -24,7 +24,7 @@ from weights import load
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = ["step", "epoch", "loss", "grad_norm", "learning_rate", "learned_tokens", "tokens", "seconds",
-       "tokens_per_second", "memory_gb"]
+       "tokens_per_second", "memory_gb", "tflops"]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from model import LlamaConfig, Llava, LlavaConfig
 from vision import ClipVision, ClipVisionConfig, ImageProcessor, open_picture, selected_depth
 
 SIZES = [(56, 56), (40, 80), (81, 40), (57, 200), (333, 17), (20, 20), (1, 9)]
@@ -153,3 +154,8 @@ def test_tower_refuses_pictures_of_another_size():
         ClipVision(ClipVisionConfig(32, 64, 2, 4, 3, 28, 7))(torch.zeros(1, 3, 56, 56))
     with pytest.raises(ValueError, match="does not exist in a tower of 3 layers"):
         selected_depth(3, -6)
+
+
+def test_an_unknown_aspect_is_refused_before_any_picture():
+    with pytest.raises(ValueError, match="image_aspect_ratio 'wide' is not known; use anyres, pad or square"):
+        Llava(LlavaConfig(LlamaConfig(8, 8, 8, 1, 1), ClipVisionConfig(8, 8, 2, 1, 3, 8, 4), image_aspect_ratio="wide"))

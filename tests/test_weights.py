@@ -486,6 +486,8 @@ def test_broken_folders(tiny_llama, copy_of, tmp_path):
     raises("pytorch_model.bin is truncated or no weight file")
     (folder / "config.json").write_text("{")
     raises("config.json: expected JSON")
+    (folder / "config.json").write_text("[1]")
+    raises(r"config.json: expected JSON \(an object, not \[1\]\)")
     (folder / "config.json").unlink()
     raises("config.json is missing")
 

@@ -36,10 +36,11 @@ from formats.command import say
 FREE = {
     "output_dir", "overwrite_output_dir", "resume", "resume_anyway", "save_strategy", "save_steps", "save_total_limit",
     "save_projector_only", "max_shard_size", "skip_nonfinite", "gradient_accumulation_steps", "gradient_checkpointing",
-    "dataloader_num_workers", "logging_steps", "log_samples", "report_to", "run_name", "debug", "cache_dir",
+    "dataloader_num_workers", "logging_steps", "log_samples", "verbose", "report_to", "run_name", "debug", "cache_dir",
     "stage", "recipe", "model", "conv_mode", "deepspeed", "fsdp", "keep_gathered", "offload", "evaluation_strategy",
-    "plan", "gpus", "plan_tokens", "per_device_eval_batch_size", "eval_data_path", "eval_steps", "eval_generate",
-    "eval_pictures"}
+    "lora_shard_base", "force",
+    "fsdp_replicas", "ddp_timeout", "plan", "gpus", "plan_tokens", "per_device_eval_batch_size", "eval_data_path",
+    "eval_steps", "eval_generate", "eval_pictures", "cache_features", "plot", "out"}
 NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
@@ -47,19 +48,35 @@ class OnAllRanks(ValueError):
     """An error that every rank raises at the same place, so that they can still do something together."""
 
 
-def on_first_rank(function, *arguments):
-    """Call function on rank 0; every rank gets what it returns, or its error."""
+def on_first_rank(function, *arguments, tensors=None):
+    """Call function on rank 0; every rank gets what it returns, or its error.
+
+    tensors: {name: tensor}, a last argument of it. Those that the ranks share are LazyTensors there: when one is read,
+    the others, which wait here, give their shards. So no rank holds more than the tensor that is being read.
+    """
     box = [None]
     if dist.get_rank() == 0:
+        arguments += () if tensors is None else ({name: whole(name, tensor) for name, tensor in tensors.items()},)
         try:
             box = [(function(*arguments), None)]
         except (ValueError, OSError) as error:
             box = [(None, str(error))]
     dist.broadcast_object_list(box)
+    while isinstance(box[0], str):  # the name of a tensor that is to be read
+        tensors[box[0]].full_tensor()
+        dist.broadcast_object_list(box)
     result, error = box[0]
     if error is not None:
         raise OnAllRanks(error)
     return result
+
+
+def whole(name, tensor):
+    """A tensor for on_first_rank's function: lazy, if it is divided among the ranks."""
+    def read():
+        dist.broadcast_object_list([name])
+        return tensor.full_tensor().cpu()
+    return files.LazyTensor(tensor.shape, tensor.dtype, None, read) if hasattr(tensor, "full_tensor") else tensor
 
 
 # ---------------------------------------------------------------------------------------------- where a run starts from
@@ -278,9 +295,9 @@ def complete(temporary, folder, state, table):
     os.close(directory)
 
 
-def thin_out(out, limit):
-    """Delete the oldest checkpoints but `limit` (--save_total_limit; None or 0: keep all)."""
-    for folder in checkpoints(out)[:-limit] if limit else []:
+def thin_out(out, limit, best=None):
+    """Delete the oldest checkpoints but `limit` (--save_total_limit; None or 0: keep all), never that of `best`."""
+    for folder in [f for f in checkpoints(out)[:-limit] if step_of(f) != best] if limit else []:
         shutil.rmtree(folder.rename(folder.with_name(folder.name + ".tmp")))  # never half there under its own name
 
 
@@ -383,6 +400,7 @@ def measure(args, loaded, shapes, checkpoint, step, left, test):
         files.write_files(test, contents)
     shutil.rmtree(test)
     limit, there = args.save_total_limit, sum(step_of(folder) <= step for folder in checkpoints(args.output_dir))
+    limit = limit and limit + args.load_best_model_at_end  # the best one stays, too
     count = max(0, min(left, limit + 1 - there)) if limit else left  # the oldest goes when the newest is complete
     need, free = model + count * checkpoint, files.free_bytes(args.output_dir)
     sizes = (f"{count} checkpoints of {files.gigabytes(checkpoint)} and a model of {files.gigabytes(model)} need "

@@ -7,6 +7,7 @@ seen. `eval_match` is the plain mean over the kinds of short answers (every reco
 SHORT words), so that each kind weighs the same; longer answers, hard to meet word for word, are shown apart.
 """
 
+import math
 import time
 from pathlib import Path
 
@@ -98,6 +99,17 @@ class Judge:
             rest = (r.images for r in asked[i + 1:] + asked[:i] if len(r.images) == len(q.images))
             others.append(next((images for images in rest if images and not set(images) & set(q.images)), None))
         return others
+
+
+def rate(args, best, row):
+    """Compare an evaluation with the best before, {step, value, since} or None. -> the best now; since: how many
+    evaluations have not been better. What is null or no number is not better."""
+    name, value = args.metric_for_best_model, row.get(args.metric_for_best_model)
+    greater = name == "eval_match" if args.greater_is_better is None else args.greater_is_better
+    sign = 1 if greater else -1
+    if value is not None and math.isfinite(value) and (best is None or sign * value > sign * best["value"]):
+        return {"step": row["step"], "value": value, "since": 0}
+    return best and best | {"since": best["since"] + 1}
 
 
 def plain(text):

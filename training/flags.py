@@ -8,11 +8,14 @@ import math
 import os
 import shlex
 
-from formats import command, templates
-from training import plan, recipes
+import lora
+import quant
+from formats import command, files, hub, templates
+from training import plan, recipes, trackers
 
 ON, OFF = True, False
-WHEN, SCHEDULES = ("no", "steps", "epoch"), ("cosine", "linear", "constant", "constant_with_warmup")
+WHEN, BEST = ("no", "steps", "epoch"), ("eval_loss", "eval_match", "loss", "match")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 FLAGS = {
     "what to run": [
@@ -22,6 +25,8 @@ FLAGS = {
         ("output_dir", str, None, "where model, log.jsonl and config.json go"),
         ("overwrite_output_dir", bool, OFF, "begin anew in an output_dir that holds a run or a model"),
         ("seed", int, 42, "of everything random: a new projector, the order of the records"),
+        ("plot", list, None, "only draw these runs, each an output_dir, or its stages' joined by commas, into --out"),
+        ("out", str, "loss.png", "with --plot: the picture to write"),
         ("plan", bool, OFF, "only tell what memory the run would need, and what to change if it does not fit"),
         ("gpus", str, None, "the devices to plan for, like 8x80GB; None: those that are here"),
         ("plan_tokens", int, None, "with --plan: tokens of each record, pictures included; None: model_max_length"),
@@ -42,6 +47,10 @@ FLAGS = {
         ("mm_use_im_patch_token", bool, OFF, "add LLaVA 0.x's token <im_patch>, which no text holds any more"),
         ("mm_patch_merge_type", str, None, "how anyres joins tiles: flat, spatial, spatial_unpad (its default)"),
         ("image_grid_pinpoints", str, None, "anyres's canvases, [[width, height], …]; None: LLaVA 1.6's"),
+        ("bits", int, 16, "hold the LLM's frozen matrices in 8 bits or 4 (quant.py); with lora_enable this is QLoRA"),
+        ("double_quant", bool, ON, "with 4 bits, hold their scales in 8"),
+        ("quant_type", ("nf4", "fp4"), "nf4", "what the 4 bits mean"),
+        ("quant_also", str, "", "lm_head: quantise it, too, as the original does in training; mm_projector"),
         ("mpt_attn_impl", str, None, "without effect: there is one attention"),
         ("image_token_len", int, None, "without effect: the tower decides how many tokens a picture takes"),
         ("cache_dir", str, None, "where hub downloads are kept"),
@@ -51,7 +60,16 @@ FLAGS = {
         ("freeze_mm_mlp_adapter", bool, OFF, "keep the projector as it is"),
         ("freeze_backbone", bool, OFF, "keep the LLM's layers as they are"),
         ("unfreeze_mm_vision_tower", bool, OFF, "train the vision tower too, as LLaVA 1.6 did"),
-        ("lora_weight_path", str, None, "without effect, as in the original"),
+        ("lora_enable", bool, OFF, "in place of the LLM, learn a low-rank correction to its matrices (lora.py)"),
+        ("lora_r", int, None, "the correction's rank; None: 64, or lora_weight_path's"),
+        ("lora_alpha", float, None, "it is scaled by lora_alpha / lora_r; None: 16, or lora_weight_path's"),
+        ("lora_dropout", float, 0.05, "chance of each input to be left out on its way to the correction"),
+        ("lora_bias", lora.BIASES, "none", "biases to train: none, lora_only (of what is adapted), all (of that part)"),
+        ("lora_target", str, "language_model", "also vision_tower, mm_projector, all-linear, or names like q_proj"),
+        ("use_rslora", bool, OFF, "scale by lora_alpha / sqrt(lora_r)"),
+        ("lora_weight_path", str, None, "an adapter to go on from, in place of a new one"),
+        ("lora_shard_base", bool, OFF, "divide the frozen weights of the layers among the ranks, too"),
+        ("force", bool, OFF, "take lora_weight_path although it was trained on another base"),
     ],
     "data": [
         ("data_path", list, None, "LLaVA's JSON or JSONL, one file or several; a.json:0.5 is half of its records"),
@@ -61,6 +79,7 @@ FLAGS = {
         ("strict_labels", bool, OFF, "count tokens as the original does, and learn nothing of a record that disagrees"),
         ("on_bad_record", ("stop", "skip"), "stop", "at a record with nothing to learn"),
         ("on_bad_image", ("stop", "skip"), "stop", "at a missing or broken picture; skip: the next record stands in"),
+        ("cache_features", str, None, "a folder for what a frozen tower says of the pictures; for several epochs"),
         ("dataloader_num_workers", int, 0, "processes that read pictures ahead"),
         ("is_multimodal", bool, OFF, "without effect: a model with a tower is multimodal"),
         ("lazy_preprocess", bool, OFF, "without effect: records are always prepared when needed"),
@@ -77,6 +96,8 @@ FLAGS = {
         ("deepspeed", str, None, "zero2.json, zero3.json, zero3_offload.json or a file of yours: how ranks share"),
         ("fsdp", str, None, "the same in HF's words: full_shard or shard_grad_op, offload, auto_wrap"),
         ("fsdp_transformer_layer_cls_to_wrap", str, None, "without effect: every decoder layer is a unit"),
+        ("fsdp_replicas", int, 1, "rows of ranks, nodes say, that share a model each (HSDP); 1: all share one"),
+        ("ddp_timeout", int, 1800, "seconds after which a rank that waits for another one gives up"),
         ("gradient_checkpointing", bool, None, "compute activations again in backward; None: where memory is short"),
     ],
     "optimiser": [
@@ -96,14 +117,19 @@ FLAGS = {
     ],
     "log and evaluation": [
         ("logging_steps", int, 1, "print every so many steps; log.jsonl has every step"),
+        ("verbose", bool, OFF, "say which kernels compute: Triton's or the references (kernels/choice.py)"),
         ("log_samples", bool, OFF, "write the ids of each step's records into log.jsonl"),
-        ("report_to", str, "none", "none: log.jsonl only"),
-        ("run_name", str, None, "without effect while report_to is none"),
+        ("report_to", list, None, "tensorboard, wandb or all: show the curves there too, every logging_steps"),
+        ("run_name", str, None, "the run's name in Weights & Biases; None: output_dir"),
         ("eval_data_path", str, None, "files in the training format, comma-separated; each is evaluated apart"),
         ("evaluation_strategy", WHEN, None, "when to evaluate; None: steps with eval_steps, else at the end only"),
         ("eval_steps", int, None, "evaluate every so many steps"),
         ("eval_generate", int, 0, "ask the first N records of each evaluation file and compare the answers"),
         ("eval_pictures", str, "true", "what to ask with: true, shuffled (another record's), blank; comma-separated"),
+        ("load_best_model_at_end", bool, OFF, "at the end, write the best evaluated checkpoint, not the last step"),
+        ("metric_for_best_model", BEST, "eval_loss", "what is best: eval_loss, or eval_match of --eval_generate N"),
+        ("greater_is_better", bool, None, "whether more of it is better; None: of eval_match, yes, of eval_loss, no"),
+        ("early_stopping_patience", int, None, "end after so many evaluations in a row that are no better"),
         ("per_device_eval_batch_size", int, 8, "records per evaluation batch; answers are decoded so many at a time"),
     ],
     "saving": [
@@ -119,18 +145,19 @@ FLAGS = {
 
 # Accepted by the original, not built yet: a value other than the one shown stops with a sentence.
 NOT_BUILT = {
-    "lora_enable": False, "bits": 16, "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.05, "lora_bias": "none",
-    "double_quant": True, "quant_type": "nf4", "sep_image_conv_front": False,
+    "sep_image_conv_front": False,
 }
 
 POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
-            "save_steps", "model_max_length")
+            "save_steps", "model_max_length", "early_stopping_patience", "fsdp_replicas", "ddp_timeout")
 
 
 def parse(argv=None):
     """The command line -> a namespace with every flag of FLAGS, defaults of `--stage` and `--recipe` filled in."""
     parser = build_parser()
     first = parser.parse_args(argv)
+    if first.plot:
+        return first
     defaults = recipes.defaults(first.stage, first.recipe, first.model)
     if first.deepspeed or first.fsdp:  # the one takes the other's place
         defaults |= {"deepspeed": first.deepspeed, "fsdp": first.fsdp}
@@ -171,7 +198,7 @@ def build_parser():
             if isinstance(kind, tuple):
                 options = {"choices": kind}
             elif kind is list:
-                options = {"nargs": "+", "metavar": "FILE"}
+                options = {"nargs": "+", "metavar": "NAME"}
             else:
                 options = command.SWITCH if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
             shown = "" if default is None else f" (default {default})"
@@ -205,15 +232,62 @@ def check(args):
     args.conv_mode, warning = templates.of_version(args.version) if args.version else (None, None)
     if warning:
         print(warning)
-    if args.report_to != "none":
-        print(f"--report_to {args.report_to} is not built yet: the run is logged to log.jsonl only")
-        args.report_to = "none"
+    names = {word for words in args.report_to or [] for word in words.split(",")} - {"none"}
+    if names - {*trackers.STARTS, "all"}:
+        raise ValueError(f"--report_to {' '.join(args.report_to)}: use {', '.join(trackers.STARTS)}, all or none")
+    args.report_to = list(trackers.STARTS) if "all" in names else sorted(names) or None
     if args.evaluation_strategy is None:
         args.evaluation_strategy = "steps" if args.eval_steps else "no"
-    for name in POSITIVE:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} is too small; it is 1 or more")
+    for name in (*POSITIVE, "dataloader_num_workers"):
+        if getattr(args, name) is not None and getattr(args, name) < (least := int(name in POSITIVE)):
+            raise ValueError(f"--{name} {getattr(args, name)} is too small; it is {least} or more")
+    for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
+        if getattr(args, name) >= 1:
+            raise ValueError(f"--{name} {getattr(args, name)} is too large; it is less than 1")
+    if args.output_dir and os.path.isfile(args.output_dir):
+        raise ValueError(f"--output_dir {args.output_dir} is a file; name a folder")
     for one, other in (("bf16", "fp16"), ("tune_mm_mlp_adapter", "freeze_mm_mlp_adapter"),
-                       ("unfreeze_mm_vision_tower", "save_projector_only")):
+                       ("unfreeze_mm_vision_tower", "save_projector_only"), ("lora_enable", "tune_mm_mlp_adapter"),
+                       ("lora_enable", "save_projector_only")):
         if getattr(args, one) and getattr(args, other):
             raise ValueError(f"--{one} and --{other} contradict each other; drop one")
+    check_best(args)
+    check_lora(args)
+    if quant.Quantisation(args.bits, args.quant_type, args.double_quant, args.quant_also).kind and not (
+            args.lora_enable or args.tune_mm_mlp_adapter or args.freeze_backbone):
+        raise ValueError(f"--bits {args.bits} holds the LLM's matrices as they are; add --lora_enable True (QLoRA), or "
+                         "train around them with --tune_mm_mlp_adapter True or --freeze_backbone True")
+
+
+def check_best(args):
+    """Stop with one sentence where the best model is asked for, and nothing says which it is or keeps it."""
+    metric = args.metric_for_best_model = "eval_" + args.metric_for_best_model.removeprefix("eval_")
+    if not args.load_best_model_at_end and not args.early_stopping_patience:
+        return
+    flag, every = "--load_best_model_at_end", args.eval_steps or 500
+    if not args.eval_data_path or args.evaluation_strategy == "no":
+        raise ValueError(f"{flag if args.load_best_model_at_end else '--early_stopping_patience'} goes by evaluations "
+                         "while training; give --eval_data_path, and --eval_steps N or --evaluation_strategy epoch")
+    if metric == "eval_match" and not (args.eval_generate and "true" in args.eval_pictures):
+        raise ValueError("--metric_for_best_model eval_match counts answers to true pictures; give --eval_generate N, "
+                         "and true among --eval_pictures")
+    off = args.save_steps % every if args.save_strategy == args.evaluation_strategy == "steps" else 0
+    if args.load_best_model_at_end and (off or args.save_strategy != args.evaluation_strategy):
+        raise ValueError(f"{flag} chooses among checkpoints that are evaluated, too; give --save_strategy "
+                         f"{args.evaluation_strategy}" + f" and a multiple of {every} for --save_steps" * bool(off))
+
+
+def check_lora(args):
+    """Fill in rank and alpha: what is given, else the adapter's that the run begins with, else LLaVA's."""
+    adapter, before = args.lora_weight_path, {"r": 64, "lora_alpha": 16, "use_rslora": False}
+    if adapter and (not args.lora_enable or args.lora_target != "language_model"):
+        raise ValueError(f"--lora_weight_path {adapter} goes with --lora_enable True and without --lora_target")
+    if adapter:
+        before |= files.read_json(hub.find_folder(adapter) / "adapter_config.json")
+    for flag, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("use_rslora", "use_rslora")):
+        given = getattr(args, flag)
+        if adapter and given and given != before[key]:
+            raise ValueError(f"--{flag} {given:g} does not match {adapter}, which has {before[key]}; leave it out")
+        if args.lora_enable:
+            setattr(args, flag, before[key] if adapter or given is None else given)
+    lora.LoraConfig(1 if args.lora_r is None else args.lora_r, args.lora_alpha, args.lora_dropout)

@@ -1,7 +1,7 @@
 """What a training step holds in memory, counted before anything is loaded: `python train.py … --plan --gpus 8x80GB`.
 
 A step is fullest about where the forward pass ends and the backward pass begins. Then a device holds, with s
-the bytes of a computed number (2 in 16 bits, else 4):
+the bytes of a computed number (2 in 16 bits, else 4), W the devices that share a model (--fsdp_replicas):
 
     trained weight   4 (float32 master) + 4 (gradient) + 8 (AdamW's two moments), divided among W devices
     frozen weight    s, whole on each device; 0.516 in NF4's 4 bits with double quantisation, 1 in 8 bits
@@ -10,10 +10,10 @@ the bytes of a computed number (2 in 16 bits, else 4):
 
 What a layer keeps per token. A product with a matrix keeps its input only if the matrix is trained: stage 1 keeps less.
 
-    x, 1/rms           4D + 4      twice: each RMSNorm's input in float32, and the root
-    normed, scaled     2sD         twice, if trained: for the norm's weight, and the input of q, k, v (of gate, up)
-    q, k, v, out       4sQ + 4H    k and v are repeated where heads share them; the last are softmax's sums
-    gate, silu, up     3sF         silu needs gate, the product needs silu(gate) and up
+    x, 1/rms           sD + 4      twice: each RMSNorm's input, and the root
+    normed             sD          twice, if trained: the input of q, k, v (of gate, up)
+    q, k, v, out       4sQ + 4H    k and v are repeated where heads share them, but in Triton; 4H: softmax's sums
+    gate, up           2sF         the rest of their product is computed again
     their product      sF          if trained: the input of down_proj
 
 With activation checkpointing a layer keeps its input, sD, and one layer at a time is computed again. Only labelled rows
@@ -32,7 +32,7 @@ import torch
 
 from formats import command, hub, layouts
 from formats.files import read_json
-from kernels.attention import SHORT
+from kernels.attention import EMPTY, SHORT
 from model import IGNORE_INDEX, LlavaConfig
 
 ROOM = 0.94  # of a device's memory can be planned with: CUDA itself takes some, and there are gaps
@@ -58,6 +58,7 @@ class Step:
     bits: int = 16  # of the frozen matrices in the layers
     double_quant: bool = True
     cuda: bool = True
+    shard_base: bool = False  # divide the layers' frozen weights, too
 
     size = property(lambda self: 4 if self.dtype == "float32" else 2)  # s
     rows = property(lambda self: sum(self.lengths))  # T
@@ -84,20 +85,32 @@ def learns(model, step, prefix=""):
             and not (step.lora_r and name.startswith("language_model"))}
 
 
+def corrections(model, step, prefix):
+    """How many numbers LoRA trains in a part: those that are there, else A (r, in) and B (out, r) for every matrix."""
+    own = {name: p for name, p in model.named_parameters() if name.startswith(prefix)}
+    there = sum(p.numel() for name, p in own.items() if ".lora_" in name)
+    return there or step.lora_r * sum(sum(p.shape) for p in own.values() if p.dim() == 2)
+
+
 def weights(model, step):
     """What is held from step to step: weights by part, gathered copies, gradients, AdamW's moments."""
-    rows, trained, lora = {}, learns(model, step), 0
+    rows, trained, lora = {}, learns(model, step), corrections(model, step, LAYERS)
     for name, p in model.named_parameters():
         part, matrix = name.split(".")[0], name.startswith(LAYERS) and p.dim() == 2
-        lora += step.lora_r * sum(p.shape) * matrix  # A (r, in) and B (out, r)
+        if ".lora_" in name and name not in trained:
+            continue
         if name in trained:
             key, size = f"{part}, trained, float32", 4 * p.numel() * step.share
+        elif not p.is_floating_point():  # the codes of a model that has been loaded, their scales
+            key, size = f"{part}, codes of {step.bits} bits", p.numel()
         elif matrix and step.bits < 16:
             # 8 bits: a float32 scale for a row; 4: for 64 weights, or 8 bits for these, and a float32 for 256 such
             scale = 4 / p.shape[1] if step.bits == 8 else 1 / 64 + 4 / 64 / 256 if step.double_quant else 4 / 64
             key, size = f"{part}, codes of {step.bits} bits", p.numel() * (step.bits / 8 + scale)
         else:
             key, size = f"{part}, frozen, {step.dtype}", step.size * p.numel()
+        if step.shard_base and name not in trained and name.startswith(LAYERS):
+            size *= step.share
         rows[key] = rows.get(key, 0) + size
     count = lora + sum(p.numel() for p in trained.values())
     around = sum(p.numel() for name, p in trained.items() if ".layers." not in name)
@@ -112,7 +125,7 @@ def activations(model, step):
     backward = step.lora_r or trained.keys() - {HEAD}  # else nothing before the head has a gradient
     head = model.language_model.lm_head.weight.requires_grad and not step.lora_r
     layers = s * step.rows * text.hidden_size if step.checkpointing else layer(model, step)
-    rest = 2 * s * step.rows * text.head_dim + norm(text, step, "language_model.model.norm.weight" in trained)
+    rest = 2 * s * step.rows * text.head_dim + norm(text, step)
     return {"projector's activations": of_pictures(model, step),
             f"activations, {text.num_hidden_layers} layers of {gigabytes(layers)}":
                 text.num_hidden_layers * layers if backward else 0,
@@ -124,29 +137,31 @@ def layer(model, step):
     """Bytes that one decoder layer keeps."""
     text, s, rows, trained = model.config.text, step.size, step.rows, bool(learns(model, step, LAYERS))
     width, inner = text.hidden_size, text.intermediate_size
-    size = attention(step, step.lengths, text.num_attention_heads, text.num_key_value_heads, text.head_dim, trained)
-    size += 2 * norm(text, step, trained) + s * rows * (2 * width * trained + inner * (3 + trained))
-    if step.lora_r:  # A keeps its input, which q, k, v share, and gate, up; B keeps Ax
-        size += s * rows * (2 * width + inner + 7 * step.lora_r)
+    size = attention(step, step.lengths, text.num_attention_heads, text.num_key_value_heads, text.head_dim,
+                     trained or step.lora_r > 0)
+    size += 2 * norm(text, step) + s * rows * (2 * width * trained + inner * (2 + trained))
+    if step.lora_r:  # an adapter keeps its input, which q, k, v share, and gate, up
+        size += s * rows * (2 * width + inner)
     return size
 
 
-def norm(text, step, trained):
+def norm(text, step):
     """Bytes that an RMSNorm keeps."""
-    return step.rows * (4 * text.hidden_size + 4 + step.size * text.hidden_size * trained)
+    return step.rows * (step.size * text.hidden_size + 4)
 
 
 def attention(step, lengths, heads, kv_heads, head_dim, trained):
-    """Bytes kept from q, k and v to the input of o_proj. kernels/attention.py computes on a grid of cells, sequences x
-    longest, or each sequence alone where more than half of that would be empty."""
+    """Bytes kept from q, k and v to the input of o_proj. kernels/attention.py's Triton needs no more than the rows;
+    else it computes on a grid of cells, sequences x longest, or each sequence alone where much of that is empty."""
     s, rows, longest, wide, narrow = step.size, sum(lengths), max(lengths), heads * head_dim, kv_heads * head_dim
-    cells, squares = len(lengths) * longest, len(lengths) * longest**2
-    padded, alone = rows < cells <= 2 * rows, cells > 2 * rows
-    if alone:
-        cells, squares = rows, sum(n * n for n in lengths)
+    if step.cuda and s == 2:
+        return 2 * s * rows * (wide + narrow) + 4 * rows * heads
+    cells, squares, own = len(lengths) * longest, len(lengths) * longest**2, sum(n * n for n in lengths)
+    alone = cells > 2 * rows if step.cuda else heads * (squares - own) > EMPTY * len(lengths)
+    cells, squares, padded = (rows, own, False) if alone else (cells, squares, rows < cells)
     size = s * rows * (wide + 2 * narrow) * padded  # on their way to the grid
-    if not step.cuda and step.dtype == "bfloat16" and longest <= SHORT:  # by products: also softmax's weights, twice
-        return size + s * (cells * (wide + 2 * narrow) + rows * wide * trained) + heads * squares * (4 + s) + longest**2
+    if not step.cuda and step.dtype == "bfloat16" and longest <= SHORT:  # by products: also softmax's weights
+        return size + s * (cells * (wide + 2 * narrow) + rows * wide * trained + heads * squares)
     return size + s * (4 * cells + rows * trained * (padded or alone)) * wide + 4 * cells * heads
 
 
@@ -172,11 +187,13 @@ def workspace(model, step):
     """What comes and goes: weights gathered for this layer and the next, a layer's gradient (and on its way to other
     devices), a layer computed again, gradients inside its MLP, a matrix decoded from codes."""
     text, s = model.config.text, step.size
-    own = [p for name, p in model.named_parameters() if name.startswith(LAYERS + "0.")]
     trained = sum(p.numel() for p in learns(model, step, LAYERS + "0.").values())
-    lora = sum(step.lora_r * sum(p.shape) for p in own if p.dim() == 2)
+    lora = corrections(model, step, LAYERS + "0.")
+    frozen = sum(p.numel() * (s if p.is_floating_point() else 1) for name, p in model.named_parameters()
+                 if name.startswith(LAYERS + "0.") and ".lora_" not in name)
     copies = (0 if step.keep_gathered else 2 * s) + s + 4 * (step.share < 1)
-    return (copies * (trained + lora) + (step.bits < 16) * s * max(p.numel() for p in own)
+    return (copies * (trained + lora) + 2 * step.shard_base * frozen
+            + (step.bits < 16) * s * text.hidden_size * text.intermediate_size
             + step.checkpointing * layer(model, step)
             + s * step.rows * ((1 if trained else 2) * text.intermediate_size + 2 * text.hidden_size))
 
@@ -233,8 +250,9 @@ def step_of(args, config):
     return Step(
         (length,) * count, count * max(1, length - places[0]), count * places[1], args.gradient_accumulation_steps,
         args.dtype, bool(args.gradient_checkpointing),
-        devices, 0 if args.offload else 1 / devices, args.keep_gathered, args.lora_enable * args.lora_r, args.bits,
-        args.double_quant, cuda), memory
+        devices, 0 if args.offload else min(1, args.fsdp_replicas / devices), args.keep_gathered,
+        args.lora_r if args.lora_enable else 0, args.bits, args.double_quant, cuda,
+        args.lora_shard_base), memory
 
 
 class Checkpointing:

@@ -14,7 +14,7 @@ import torch
 class BatchOrder:
     """Batches of record indices, epoch after epoch; every rank builds the same order and takes its share.
 
-    count: records; batch: records per micro-batch and rank; lengths: words_of each record, to group them, or None;
+    count: records; batch: records per micro-batch and rank; lengths: data.words_of each record, to group them, or None;
     accumulate: micro-batches per step. On one rank, an epoch's last batch may be short; on several, the epoch's first
     records come once more until all have equally many full batches. accelerate: several ranks shuffle as the original's
     do, with a generator that --seed does not reach (LLAVA.md 4.6).
@@ -46,12 +46,6 @@ class BatchOrder:
 
     def _draw(self):
         return int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
-
-
-def words_of(record):
-    """A record's length as grouping counts it: its words, below 0 without a picture."""
-    words = sum(len(turn["value"].split()) for turn in record["conversations"])
-    return words if "image" in record else -words
 
 
 def group_by_modality(lengths, batch, parts, generator, last=None):
