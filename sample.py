@@ -312,7 +312,7 @@ def main(argv=None):
         raise ValueError("--attention needs a picture: give one with --image")
     if args.attention and not (Path(args.attention).parent.is_dir() and
                                Path(args.attention).suffix.lower() in Image.registered_extensions()):
-        raise ValueError(f"--attention {args.attention}: expected a picture's name, like OUT.png, in an existing folder")
+        raise ValueError(f"--attention {args.attention}: expected a name like OUT.png in an existing folder")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {args.max_new_tokens} is too small; it is 1 or more")
     for image in args.image:  # a wrong path is better known before a large model is loaded

@@ -31,6 +31,7 @@ ROWS = {
             "step_full_peak": training.full_peak,
             "nf4_dequantise": quantising.dequantise, "nf4_dequantise_bf16": quantising.dequantise_bf16,
             "nf4_dequantise_7b": quantising.dequantise_7b, "nf4_load_peak": quantising.load_peak,
+            "lora_step": quantising.lora_step, "lora_step_bytes": quantising.lora_step_bytes,
             "qlora_step": quantising.qlora_step, "qlora_step_bytes": quantising.qlora_step_bytes},
     "gpu": gpu.ROWS | gpu_models.ROWS,
 }

@@ -1,4 +1,4 @@
-"""Quantised weights beside bitsandbytes': decoding a matrix, and the memory that loading takes.
+"""Adapters and quantised weights beside PEFT's and bitsandbytes': a step, decoding a matrix, loading.
 
 `nf4_dequantise`: milliseconds to decode a doubly quantised matrix on one thread, ours into its workspace, theirs by the
 C++ of `dequantize_4bit`, in turn; the least of many, other programs can only add to it. `error`: they must be equal bit
@@ -8,8 +8,9 @@ for bit. The matrices are one of SmolLM2-135M (1536 x 576) and one of a 7B LLaMA
 own: the most memory above the imports, mapped file pages included. What stays is 0.47 GB: 405 M weights in 4.127 bits,
 the embeddings and the head in bfloat16. Theirs is transformers' `from_pretrained` with a BitsAndBytesConfig.
 
-`qlora_step*`: a step of NF4 with LoRA of rank 16 upon SmolLM2-135M's shape, on the batches of benches/training.py:
-CPU seconds of one thread; and all bytes: weights, gradients, AdamW's moments, and the most that a step allocates.
+`lora_step`, `qlora_step`: a step of LoRA with rank 16 upon SmolLM2-135M's shape in bfloat16, or upon its NF4 codes, on
+the batches of benches/training.py: CPU seconds of one thread. `lora_step_bytes`: what stands above the frozen weights,
+that is adapters, gradients, AdamW's moments and the most that a step allocates; `qlora_step_bytes`: the weights, too.
 """
 
 import gc
@@ -115,17 +116,27 @@ def measured(who, folder):
 # --------------------------------------------------------------------------------------------------------------- QLoRA
 
 
+def lora_step(smoke):
+    """CPU seconds."""
+    return race(16, smoke)
+
+
+def lora_step_bytes(smoke):
+    """MB above the frozen weights."""
+    return race(16, smoke, peak=True)
+
+
 def qlora_step(smoke):
     """CPU seconds."""
-    return race(smoke, peak=False)
+    return race(4, smoke)
 
 
 def qlora_step_bytes(smoke):
-    """MB at most."""
-    return race(smoke, peak=True)
+    """MB, weights and codes included."""
+    return race(4, smoke, peak=True)
 
 
-def race(smoke, peak):
+def race(bits, smoke, peak=False):
     """Both sides on the same weights and batches, in turn. -> a row"""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -136,13 +147,14 @@ def race(smoke, peak):
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.02)
-    sides = theirs(model), ours(model)
+    sides = theirs(model, bits), ours(model, bits)
     losses = [[side.loss(batch).item() for side, _ in sides] for batch in batches]
     for side, _ in sides:
         training.step(side, batches[0])  # makes the moments
     if peak:
-        peer, mine = ((held() + 12 * sum(p.numel() for p in side.trained) + max(
-            training.allocated(side, batch) for batch in batches)) / 1e6 for side, held in sides)
+        trained = [sum(p.numel() for p in side.trained) for side, _ in sides]
+        peer, mine = (((held() if bits < 16 else 4 * count) + 12 * count + max(
+            training.allocated(side, batch) for batch in batches)) / 1e6 for count, (side, held) in zip(trained, sides))
     else:
         rounds = [[[training.seconds(side, batch) for side, _ in sides] for batch in batches]
                   for _ in range(1 if smoke else 3)]
@@ -151,17 +163,18 @@ def race(smoke, peak):
     del sides, model
     gc.collect()  # what is sharded must be gone before the group is
     dist.destroy_process_group()
-    return {"ours": mine, "peer": peer, "peer_name": f"peft+{PEER}", "unit": "MB" if peak else "s",
+    name = f"peft+{PEER}" if bits < 16 else "peft"
+    return {"ours": mine, "peer": peer, "peer_name": name, "unit": "MB" if peak else "s",
             "error": max(abs(one - other) for one, other in losses)}
 
 
-def ours(model):
-    """What train.py does with --bits 4 --lora_enable on one process. -> (Side, () -> bytes held from step to step)"""
-    how = quant.Quantisation(4)
+def ours(model, bits):
+    """What train.py does with --lora_enable on one process. -> (Side, () -> bytes held from step to step)"""
+    how = quant.Quantisation(bits)
     for name, module in list(model.named_modules()):
         if how.wants(name, module):
             model.set_submodule(name, how.linear(module.weight.detach().bfloat16(), torch.bfloat16))
-    args = flags.parse("--stage finetune --bf16 --use_cpu --bits 4 --lora_enable --lora_r 16 --lora_alpha 32 "
+    args = flags.parse(f"--stage finetune --bf16 --use_cpu --bits {bits} --lora_enable --lora_r 16 --lora_alpha 32 "
                        "--lora_dropout 0 --model_name_or_path drawn --data_path drawn --output_dir none".split())
     for p in train.choose_trained(model, args).parameters():
         if p.is_floating_point() and not p.requires_grad:
@@ -172,15 +185,15 @@ def ours(model):
     return side, lambda: sum(p.numel() * p.itemsize for p in [*model.parameters(), *quant.WORKSPACE.values()])
 
 
-def theirs(ours):
-    """transformers' model with bitsandbytes' Linear4bit, PEFT's adapters in float32, autocast. -> the same"""
+def theirs(ours, bits):
+    """transformers' model, with 4 bits bitsandbytes' Linear4bit, PEFT's adapters in float32, autocast. -> the same"""
     import bitsandbytes
     import peft
     model, image_token = training.peer(ours)
     model = model.bfloat16().requires_grad_(False)
     layers, kept = model.model.language_model.layers, []
     for name, module in list(layers.named_modules()):
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and bits == 4:
             quantised = bitsandbytes.nn.Linear4bit(module.in_features, module.out_features, bias=False,
                                                    compute_dtype=torch.bfloat16, quant_type="nf4")
             quantised.weight = bitsandbytes.nn.Params4bit(

@@ -11,7 +11,7 @@ from PIL import Image
 pytest.importorskip("transformers")
 
 from benches import __main__ as benches  # noqa: E402
-from benches import gpu, gpu_models, loading, training  # noqa: E402
+from benches import gpu, gpu_models, loading, quantising, training  # noqa: E402
 from benches.adapters import row_of  # noqa: E402
 from formats import command  # noqa: E402
 from training import flags  # noqa: E402
@@ -105,6 +105,14 @@ def test_adapters_are_a_row_for_each_run(tmp_path):
 @pytest.mark.parametrize("stage, pure", [("pretrain", False), ("finetune", False), ("finetune", True)])
 def test_a_step_trains_the_same_model_as_transformers(stage, pure):
     row = training.race(stage, pure, smoke=True)
+    assert 0 < row["ours"] and 0 < row["peer"] and row["error"] < 0.02
+
+
+@pytest.mark.parametrize("bits, peak", [(16, False), (16, True), (4, False), (4, True)])
+def test_an_adapter_s_step_is_that_of_peft(bits, peak):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    row = quantising.race(bits, smoke=True, peak=peak)
     assert 0 < row["ours"] and 0 < row["peer"] and row["error"] < 0.02
 
 

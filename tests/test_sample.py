@@ -343,8 +343,8 @@ def test_a_device_that_is_not_here_is_refused():
 
 @pytest.mark.parametrize("words, message", [
     (["--image", "nope.png"], "--image nope.png does not exist"),
-    (["--image", __file__, "--attention", "nowhere/out.png"], "--attention nowhere/out.png: expected a picture's name"),
-    (["--image", __file__, "--attention", "out.mp3"], "--attention out.mp3: expected a picture's name")])
+    (["--image", __file__, "--attention", "nowhere/out.png"], "--attention nowhere/out.png: expected a name"),
+    (["--image", __file__, "--attention", "out.mp3"], "--attention out.mp3: expected a name")])
 def test_a_wrong_path_is_told_before_anything_is_loaded(words, message, monkeypatch):
     monkeypatch.setattr(sample, "load", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
