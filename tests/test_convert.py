@@ -141,7 +141,7 @@ def test_a_gguf_becomes_a_folder_and_is_inspected(run, refusal, tmp_path):
     loaded = load(tmp_path / "out")
     q = loaded.model.language_model.model.layers[0].self_attn.q_proj.weight
     assert q[:4, 0].tolist() == [0, 64, 128, 192] and len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    assert "leave --to out" in refusal("convert", path, tmp_path / "two", "--to", "llava")
+    assert "leave --to and --bits out" in refusal("convert", path, tmp_path / "two", "--to", "llava")
 
 
 def tiny_gguf(path):

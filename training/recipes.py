@@ -48,9 +48,9 @@ RECIPES = {  # scienceqa is v0's; v1.0's is v1.0 with --num_train_epochs 12, V10
                              "per_device_train_batch_size": 32},
     },
     "miniature-smollm": {  # SmolLM2-135M on two cores: a frozen LLM wants large steps, and many small ones
-        "pretrain": SMOLLM | {"learning_rate": 1e-2, "max_steps": 200, "per_device_train_batch_size": 8,
-                              "eval_generate": 30},
-        "finetune": SMOLLM | {"learning_rate": 3e-4, "mm_projector_lr": 1e-3, "max_steps": 160,
+        "pretrain": SMOLLM | {"learning_rate": 1e-2, "max_steps": 400, "per_device_train_batch_size": 8,
+                              "eval_generate": 15},
+        "finetune": SMOLLM | {"learning_rate": 3e-4, "mm_projector_lr": 1e-3, "max_steps": 130,
                               "per_device_train_batch_size": 8, "eval_generate": 120, "logging_steps": 5},
     },
 }
