@@ -54,7 +54,9 @@ class LoraConfig:
     def __post_init__(self):
         if not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"--lora_r {self.r}: expected a rank, a whole number from 1 on")
-        if not 0 <= self.lora_dropout < 1:
+        if not isinstance(self.lora_alpha, (int, float)) or not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"--lora_alpha {self.lora_alpha}: expected a number above 0")
+        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout {self.lora_dropout}: expected a chance from 0 on and below 1")
 
     @property
@@ -106,8 +108,10 @@ def targets(model, target):
     """
     linears = {name: module for name, module in model.named_modules()
                if isinstance(module, LINEARS) and name.split(".")[0] in PARTS and not name.endswith("lm_head")}
-    found = set()
-    for word in target.replace("all-linear", ",".join(PARTS)).replace(" ", "").split(","):
+    found, words = set(), target.replace("all-linear", ",".join(PARTS)).replace(" ", "").split(",")
+    if not any(words):
+        raise ValueError(f"--lora_target {target!r} is empty; name what to adapt, like language_model or q_proj,v_proj")
+    for word in filter(None, words):
         part, _, piece = word.partition(".") if word.split(".")[0] in PARTS else (PARTS[0], ".", word)
         own = {name for name in linears if name.split(".")[0] == part and (not piece or f".{piece}." in f"{name}.")}
         if not own:

@@ -319,7 +319,9 @@ def main(argv=None):
         if not Path(image).is_file():
             raise ValueError(f"--image {image} does not exist")
         open_picture(image)
-    worn = args.adapter.split(",") if args.adapter else [None]
+    worn = [folder.strip() for folder in args.adapter.split(",")] if args.adapter else [None]
+    if "" in worn:
+        raise ValueError(f"--adapter {args.adapter!r}: beside a comma a folder is missing")
     loaded = load(args.model_name_or_path, dtype=args.dtype, device=args.device, bits=args.bits,
                   quant_type=args.quant_type, double_quant=args.double_quant, quant_also=args.quant_also,
                   model_base=args.model_base, vision_tower=args.vision_tower,
@@ -422,7 +424,10 @@ def chat(loaded, args, worn):
             question = ""
         if not question:
             return 0
-        if len(worn) > 1 and question.startswith("/adapter"):
+        if question.split()[0] == "/adapter" and len(worn) < 2:
+            print("[/adapter switches between the folders of --adapter A,B,…; here there are no two]")
+            continue
+        if question.split()[0] == "/adapter":
             name = question.removeprefix("/adapter").strip().rstrip("/")
             if found := [path for path in worn if name and f"/{path.rstrip('/')}".endswith(f"/{name}")]:
                 adapters.switch(loaded, found[0], args.force)

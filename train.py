@@ -174,8 +174,10 @@ def choose_trained(model, args):
         learned += [llm.lm_head if args.freeze_backbone else llm]
     for part in learned:
         if isinstance(part, torch.nn.Module) and quant.quantised(part):
-            raise ValueError("what is quantised cannot be trained; learn a correction to it with --lora_enable True, "
-                             "or leave it as it is with --freeze_backbone, --tune_mm_mlp_adapter or --quant_also ''")
+            keep = {model.mm_projector: "--freeze_mm_mlp_adapter True",
+                    model.vision_tower: "--unfreeze_mm_vision_tower False"}.get(part, "--freeze_backbone True")
+            raise ValueError("what is quantised cannot be trained; learn a correction to it with --lora_enable True "
+                             f"--lora_target all-linear, or leave it as it is with {keep} or --quant_also ''")
         if part is not None:
             part.requires_grad_(True)
     if not any(p.requires_grad for p in model.parameters()):
@@ -271,20 +273,21 @@ class Loop:
         self.optimizer, self.judge, self.mesh, self.device, self.say = optimizer, judge, mesh, device, say
         self.watch = watch
         self.accumulate = min(args.gradient_accumulation_steps, len(order))  # a step never needs more than one epoch
-        per_epoch = len(order) // self.accumulate
-        self.total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-        self.epochs = math.ceil(self.total / per_epoch)
+        self.per_epoch = len(order) // self.accumulate
+        self.total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.per_epoch)
+        self.epochs = math.ceil(self.total / self.per_epoch)
         self.step, self.epoch, self.seen = 0, 0, 0  # done: steps; whole epochs; micro-batches of the epoch under way
         self.first, self.saved, self.skipped, self.mark = 0, None, 0, None  # see begin, save_checkpoint, worth_a_step
         self.interrupted, self.stopped, self.log, self.owed = 0, 0, None, args.evaluation_strategy != "no"
         self.best = None  # evaluation so far, as evaluation.rate describes it
+        self.spent, self.eval_seconds, judge.pause = 0, 0, self.leave_if_stopped  # in steps, in the last evaluation
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.checkpointing = plan.Checkpointing(args, self.model)
         self.scaler = torch.amp.GradScaler(device.type, growth_interval=1000, enabled=args.fp16)  # DeepSpeed's interval
         batch = args.per_device_train_batch_size * self.accumulate * mesh.size()
         say(f"{len(records):,} records, template {records.conv_mode}; {self.total} steps of {batch} records "
             f"({args.per_device_train_batch_size} x {self.accumulate} accumulated x {mesh.size()} ranks), "
-            f"{self.total / per_epoch:.2f} epochs, {args.dtype}, seed {args.seed}, "
+            f"{self.total / self.per_epoch:.2f} epochs, {args.dtype}, seed {args.seed}, "
             f"gradients {f'clipped to a norm of {args.max_grad_norm:g}' if args.max_grad_norm else 'not clipped'}")
         self.work, (self.peak, line) = work.Work(self.model), work.peak(device, args)
         say(f"{self.checkpointing.line}\n{line}")
@@ -305,10 +308,12 @@ class Loop:
                 checkpoint.set_random_state(state["random"][self.mesh.get_rank()], self.device)
             self.scaler.load_state_dict(state["scaler"])
             self.first = self.saved = self.step
-            self.say(f"resumed from {folder}: {self.step} of {self.total} steps are done")
+            self.say(f"resumed from {folder}: {self.step} of {self.total} steps are done" + (
+                f"; it is past --max_steps {self.total} already, and nothing is left to learn"
+                if self.step > self.total else ""))
         left = sum(self.due("save", step) for step in range(self.step + 1, self.total + 1))
         self.say(checkpoint.rehearse(self.args, self.loaded, self.trained, self.device, self.step, left))
-        checkpoint.on_first_rank(checkpoint.settle, self.args, self.step if folder else None)
+        checkpoint.on_first_rank(checkpoint.settle, self.args, self.step if folder else None, self.owed)
         self.trackers = trackers.Trackers(self.args, self.step)
         self.remember()
 
@@ -320,7 +325,7 @@ class Loop:
             with open(os.path.join(self.args.output_dir, "log.jsonl"), "a", encoding="utf-8") as self.log:
                 if self.owed:
                     self.evaluate()  # what the model can do before it learns, or what Ctrl-C put off
-                if not self.done:
+                if not self.done and not self.stopped:
                     self.steps()
         finally:
             for number, handler in previous.items():
@@ -328,7 +333,7 @@ class Loop:
             self.trackers.close()
 
     def steps(self):
-        """Step after step: learn, log, evaluate, save."""
+        """Step after step: learn, log, save, evaluate."""
         accumulated, began = [], time.perf_counter()
         for micro_batch, epoch in self.micro_batches():
             accumulated.append(self.forward_backward(micro_batch))
@@ -336,10 +341,10 @@ class Loop:
                 continue
             self.report(self.optimizer_step(accumulated, epoch, began))
             self.stopped = self.over_ranks(self.interrupted, dist.ReduceOp.MAX)  # it may reach them in different steps
-            if self.owed and not self.stopped:
-                self.evaluate()
             if self.stopped or self.due("save", self.step):
                 self.save_checkpoint()
+            if self.owed and not self.stopped:
+                self.evaluate()
             if self.stopped or self.done:
                 break
             accumulated, began = [], time.perf_counter()
@@ -451,27 +456,34 @@ class Loop:
     def done(self):
         """Whether nothing is left to do: all steps are done, or evaluations have long not become better."""
         patience = self.args.early_stopping_patience
-        return self.step == self.total or bool(patience and self.best and self.best["since"] >= patience)
+        return self.step >= self.total or bool(patience and self.best and self.best["since"] >= patience)
+
+    def every(self, what):
+        """After how many steps --save_strategy or --evaluation_strategy wants it done each time."""
+        steps = self.args.save_steps if what == "save" else self.args.eval_steps or 500
+        return {"steps": steps, "epoch": self.per_epoch, "no": math.inf}[getattr(self.args, f"{what}_strategy")]
 
     def due(self, what, step):
-        """Whether --save_strategy or --evaluation_strategy wants it done after a step."""
-        steps = self.args.save_steps if what == "save" else self.args.eval_steps or 500
-        every = {"steps": steps, "epoch": max(1, self.total // self.epochs), "no": math.inf}
-        return step % every[getattr(self.args, f"{what}_strategy")] == 0
+        """Whether it is to be done after a step; the run's end is an epoch's end, too."""
+        ends = step == self.total and getattr(self.args, f"{what}_strategy") == "epoch"
+        return ends or step % self.every(what) == 0
 
     def save_checkpoint(self):
-        """Write checkpoint-N. A full disk is said, and training goes on: room may be made before the next one."""
+        """Write checkpoint-N, or into the one of this step what was evaluated since. A full disk is said, and training
+        goes on: room may be made before the next one."""
         state, random_state = self.mark
         folder = os.path.join(self.args.output_dir, f"checkpoint-{state['step']}")
-        if self.args.save_strategy == "no" or self.saved == state["step"]:
+        if self.args.save_strategy == "no":
             return
         try:
-            tensors = checkpoint.tensors_of(self.trained, self.optimizer)
-            checkpoint.save(folder, tensors, state, random_state)
+            if self.saved == state["step"]:
+                checkpoint.on_first_rank(checkpoint.amend, folder, state)
+            else:
+                checkpoint.save(folder, checkpoint.tensors_of(self.trained, self.optimizer), state, random_state)
+                self.saved = state["step"]
+                self.say(f"checkpoint written to {folder}", flush=True)
             checkpoint.on_first_rank(checkpoint.thin_out, self.args.output_dir, self.args.save_total_limit,
                                      self.args.load_best_model_at_end and self.best and self.best["step"])
-            self.saved = state["step"]
-            self.say(f"checkpoint written to {folder}", flush=True)
         except checkpoint.OnAllRanks as error:
             self.say(f"WARNING: {error}; training goes on without it", flush=True)
 
@@ -508,13 +520,17 @@ class Loop:
     def report(self, row):
         """One dense line, and the row in log.jsonl."""
         self.write(row)
+        self.spent += row["seconds"]
         if row["step"] % self.args.logging_steps and row["step"] != self.total:
             return
         self.trackers.log(row)
-        left = (time.perf_counter() - self.started) / (self.step - self.first) * (self.total - self.step)
-        rate, share = row["learning_rate"], f" ({row['tflops'] / self.peak:.0%})" if self.peak else ""
+        every, rates = self.every("evaluation"), row["learning_rate"]
+        evaluations = self.total // every - self.step // every + (self.total % every > 0)  # to come, one at the end
+        left = self.spent / (self.step - self.first) * (self.total - self.step) + self.eval_seconds * evaluations
+        rates = ", ".join(f"{rate:.2e}" for rate in (rates if isinstance(rates, list) else [rates]))
+        share = f" ({row['tflops'] / self.peak:.0%})" if self.peak else ""
         self.say(f"step {self.step:>{len(str(self.total))}}/{self.total}  loss {row['loss']:.4f}  "
-                 f"norm {row['grad_norm']:.3f}  lr {rate if isinstance(rate, list) else f'{rate:.2e}'}  "
+                 f"norm {row['grad_norm']:.3f}  lr {rates}  "
                  f"{row['learned_tokens']} learned of {row['tokens']} tokens  {row['tokens_per_second']:,.0f} tok/s  "
                  f"{1000 * row['seconds']:.0f} ms  {row['tflops']:.3g} TFLOP/s{share}  {row['memory_gb']:.2f} GB  "
                  f"ETA {duration(left)}", flush=True)
@@ -526,15 +542,29 @@ class Loop:
             self.log.flush()
 
     def evaluate(self):
-        kept = not self.args.load_best_model_at_end or self.step == self.total or self.due("save", self.step)
-        for number, row in enumerate(self.judge.rows(self.step)):
-            self.write(row)
-            self.trackers.log(row)
-            self.say(evaluation.line(row), flush=True)
-            if number == 0 and self.step and kept:  # the first file decides
-                self.best = self.gather(evaluation.rate(self.args, self.best, row))[0]
-        self.owed = False
-        self.remember()
+        """Evaluate every file, or to the next batch when a signal comes: then it is still owed, and a resumed run
+        begins with it."""
+        kept = not self.args.load_best_model_at_end or self.step >= self.total or self.due("save", self.step)
+        began = time.perf_counter()
+        try:
+            for number, row in enumerate(self.judge.rows(self.step)):
+                self.write(row)
+                self.trackers.log(row)
+                self.say(evaluation.line(row), flush=True)
+                if number == 0 and self.step and kept:  # the first file decides
+                    self.best = self.gather(evaluation.rate(self.args, self.best, row))[0]
+            self.owed, self.eval_seconds = False, time.perf_counter() - began
+            self.remember()
+        except evaluation.Left:
+            self.best = self.mark[0]["best"]
+        if self.step and (self.stopped or self.saved == self.step):
+            self.save_checkpoint()
+
+    def leave_if_stopped(self):
+        """Between two batches of an evaluation: whether a signal has reached any rank."""
+        self.stopped = self.over_ranks(self.interrupted, dist.ReduceOp.MAX)
+        if self.stopped:
+            raise evaluation.Left
 
     def put_best(self):
         """Put the weights of the best evaluated checkpoint in place of the last step's."""
@@ -543,14 +573,14 @@ class Loop:
             folder = Path(self.args.output_dir, f"checkpoint-{best['step']}")
             if why := checkpoint.on_first_rank(checkpoint.what_is_wrong, folder):
                 return self.say(f"WARNING: {folder} had the best {name}, but is {why}; the last step is written")
-            checkpoint.load(folder, self.trained, self.optimizer)
+            checkpoint.load(folder, self.trained)
         self.say(f"the weights of step {best['step']} are written, of the best {name}, {best['value']:.4f}" if best else
                  f"WARNING: no evaluation told {name}; the last step is written")
 
     def save(self):
         """Write the model; in stage 1 also, or with --save_projector_only alone, its projector. After SIGTERM there is
         little time, and the checkpoint is enough."""
-        if self.stopped == signal.SIGTERM and self.saved == self.step:
+        if self.stopped and not self.step or self.stopped == signal.SIGTERM and self.saved == self.step:
             return self.say(f"stopped after step {self.step} of {self.total}; the same command goes on from there")
         if self.args.load_best_model_at_end and self.done:
             self.put_best()

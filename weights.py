@@ -562,6 +562,8 @@ def merge(adapter, out, base=None, onto=None, dtype=None, force=False, **how):
     ValueError, and nothing is written: `onto` is missing, or the logits are those of another model.
     """
     worn, config = adapters.open_adapter(adapter)
+    if Path(out).resolve() in {Path(path).resolve() for path in (adapter, base or worn.adapter.base or adapter)}:
+        raise ValueError(f"{out} is the adapter or its base, which merging reads; name another folder to write to")
     seen = worn.config.get(adapters.QUANTISATION, {})
     loaded = load(base or adapter, "stored", "cpu", adapter=base and adapter, force=force,
                   **(seen if onto == "dequantised" else {}))
@@ -589,9 +591,12 @@ def merge(adapter, out, base=None, onto=None, dtype=None, force=False, **how):
     def check(folder, written):
         files.compare(folder, written)
         with contextlib.redirect_stderr(io.StringIO()):
+            model.to(torch.promote_types(dtype, model.language_model.model.embed_tokens.weight.dtype))
+            adapters.wear(loaded, adapter)  # anew, in this dtype
             found, wanted = logits(load(folder, "stored", "cpu").model), logits(model)
         rounding, apart = torch.tensor(lost).sum(0), (found - wanted).abs().max()
-        say(f"rounding to {dtype} takes {(rounding[0] / rounding[1]).sqrt():.2%} of the correction"
+        taken = (rounding[0] / rounding[1]).sqrt()
+        say("WARNING: " * bool(taken > 0.05) + f"rounding to {dtype} takes {taken:.2%} of the correction"
             + "; --dtype float32 keeps it all" * (dtype != torch.float32))
         say(f"merged and unmerged logits differ by {apart:.2g} at most (standard deviation {wanted.std():.2g}), in the "
             f"likeliest word at {int((found.argmax(1) != wanted.argmax(1)).sum())} of {len(wanted)} places")

@@ -35,7 +35,6 @@ class Folded(LazyTensor):
     kind: str = None
     parts: Callable = None
     size: int = 0
-    nbytes = property(lambda self: self.size)
 
 
 def fold(tensors):
@@ -81,13 +80,13 @@ def folded(kind, codes, keys):
 
 
 def unfold(model, tensors):
-    """Give the quantised matrices among {our name: tensor} the keys above, in place; lm_head and the projector, which
-    transformers keeps in 16 bits, are decoded. -> quantization_config for config.json, {} without such matrices"""
+    """Give the quantised matrices among {our name: tensor} the keys above, in place; outside the LLM's layers, where
+    transformers is told to keep 16 bits, they are decoded. -> quantization_config for config.json, {} without any"""
     settings = {}
     for name, module in quantised(model).items():
         kind, parts = module.kind, [tensors.pop(f"{name}.{part}", None) for part in ("codes", "absmax", "nested")]
         dtype, shape = str(module.dtype).removeprefix("torch."), module.shape
-        if ".layers." not in name:
+        if not name.startswith("language_model.model.layers."):
             room = torch.empty(shape, dtype=module.dtype, device=parts[0].device)
             tensors[f"{name}.weight"] = room if room.is_meta else nf4.decode(kind, *parts, room)
             continue

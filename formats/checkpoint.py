@@ -10,6 +10,7 @@ from pathlib import Path
 
 from formats import bitsandbytes, files, hub, layouts
 from formats.files import ADAPTER_FILES, PROJECTOR_FILES, TRAINED_BESIDE, WEIGHT_FILES
+from formats.vocabulary import EMBEDDING, HEAD
 
 LAYOUTS = {
     "llama": "a language model", "gguf": "a language model in one file", "clip": "a vision tower",
@@ -90,7 +91,10 @@ def open_checkpoint(path_or_hub_id):
     path = path if single else hub.find_folder(path_or_hub_id)
     folder = path.parent if single else path
     adapted = not single and (folder / "adapter_config.json").exists()
-    bare = single or adapted or any((folder / file).exists() for file in PROJECTOR_FILES)
+    there = {file.name for file in folder.iterdir()}
+    if not single and not adapted and there & {*ADAPTER_FILES} and not there & {*WEIGHT_FILES}:
+        raise ValueError(f"{folder} holds an adapter, and adapter_config.json is missing; copy it again")
+    bare = single or adapted or there & {*PROJECTOR_FILES}
     config = files.read_json(folder / "config.json", missing={} if bare else None)
     quantised = config.get("quantization_config", {"quant_method": "bitsandbytes"}).get("quant_method", "unknown")
     if quantised != "bitsandbytes":
@@ -122,15 +126,22 @@ def add_adapter(checkpoint):
         ours = match and layouts.our_name(match[1] + ".weight")
         if match and not ours:
             raise ValueError(f"{tensor.file}: tensor {name!r} adapts a module that no known layout has")
+        if ours in (EMBEDDING, HEAD) or not match and re.search(r"\.(?:lora_|base_layer.w|token_adapter)", name):
+            raise ValueError(f"{tensor.file}: tensor {name!r} is not supported; plain LoRA of the layers' linears is")
         if match:
             modules.setdefault(ours, {})[match[2]] = tensor
         else:
-            others[name] = tensor
+            others[name.replace(".base_layer.bias", ".bias")] = tensor
+    listed, found = config.get("target_modules"), {name.partition(".lora_")[0] for name in tensors}
+    listed = listed if isinstance(listed, list) else []  # else a pattern, or `all-linear`
+    if lost := [name for name in listed if "." in name and not any(module.endswith(f".{name}") for module in found)]:
+        raise ValueError(f"{folder}: adapter_config.json names {files.list_names(lost)}, the weights do not; copy both")
+    if not isinstance(base := config.get("base_model_name_or_path"), str | None):
+        raise ValueError(f"{folder}/adapter_config.json: base_model_name_or_path {base!r} is no name of a model")
     for name, pair in modules.items():
         if len(pair) < 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
             shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in sorted(pair.items()))
             raise ValueError(f"{folder}: the adapter of {name} is {shapes}; expected lora_A (r, in), lora_B (out, r)")
     checkpoint.add(others)
     checkpoint.add(files.open_weights(folder, TRAINED_BESIDE))
-    checkpoint.adapter = Adapter(
-        config.get("base_model_name_or_path"), config.get("r"), config.get("lora_alpha"), modules, config)
+    checkpoint.adapter = Adapter(base, config.get("r"), config.get("lora_alpha"), modules, config)

@@ -281,7 +281,8 @@ def new_file(path, replace=False):
     """The same for a single file: a path to write to, which becomes `path` at the end."""
     path = Path(path)
     if path.is_dir() or path.exists() and not replace:
-        raise ValueError(f"{path} is there already; name another file, or add --overwrite_output_dir")
+        raise ValueError(f"{path} is a folder; name a file" if path.is_dir() else
+                         f"{path} is there already; name another file, or add --overwrite_output_dir")
     with temporary_folder(path) as temporary:
         yield temporary / path.name
         (temporary / path.name).replace(path)

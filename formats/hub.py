@@ -22,7 +22,8 @@ def find_folder(path_or_hub_id, weights=True):
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(f"{folder} is a file; expected the folder that holds config.json and the weights")
+        raise ValueError(f"{folder} is a file; expected a folder with config.json and weights, or of a projector "
+                         "a .bin or .safetensors file, like mm_projector.bin")
     if repository is None:
         raise ValueError(f"{folder} does not exist; expected a model folder or a Hugging Face id like owner/name")
     return download(repository, revision, weights)

@@ -35,7 +35,8 @@ def inspect(path):
                     for name, pair in checkpoint.adapter.modules.items() for side, tensor in pair.items()}
     config, vision = read_configs(checkpoint)
     rows = {name: {"shape": [*tensor.shape], "dtype": getattr(tensor, "kind", str(tensor.dtype)[6:]),
-                   "bytes": tensor.nbytes, "file": str(tensor.file)} for name, tensor in sorted(tensors.items())}
+                   "bytes": getattr(tensor, "size", tensor.nbytes), "file": str(tensor.file)}
+            for name, tensor in sorted(tensors.items())}
     parts = {name: summary([rows[key] for key in found])
              | {"shape": in_words(name, found, config, vision, checkpoint.adapter)}
              for name, prefixes in PARTS.items()

@@ -10,7 +10,7 @@ layout without projector and tower, a CLIP folder a tower with the prefix `visio
 
 import ast
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from model import LlamaConfig, LlavaConfig
 from vision import ClipVisionConfig
@@ -106,12 +106,26 @@ OWN_KEYS = (  # fields of LlavaConfig that the original has by the same name, an
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 STRATEGIES = {"patch": "default", "cls_patch": "full"}  # mm_vision_select_feature -> llava-hf's words
 
+NUMBERS = {field.name: field.type for config in (LlamaConfig, ClipVisionConfig) for field in fields(config)
+           if field.type in (int, float) and field.name not in TOKEN_IDS}
+
+
+def check_numbers(values, where, part=""):
+    """ValueError for a number in config.json, or in its text_config or vision_config, that cannot be one."""
+    for key, value in values.items():
+        if key in ("text_config", "vision_config") and isinstance(value, dict):
+            check_numbers(value, where, f"{key}.")
+        if key in NUMBERS and value is not None and not (isinstance(value, NUMBERS[key] | int) and value > 0):
+            raise ValueError(f"{where}/config.json: {part}{key} is {value!r}; expected a number above 0"
+                             + ", a whole one" * (NUMBERS[key] is int))
+
 
 def read_config(values, names, where):
     """config.json as a dict -> LlavaConfig; `vision` is None where the file does not describe the tower.
     values: the file; names: our names of the folder's tensors; where: the folder, for messages. llava-hf omits what
     equals transformers' defaults, the original what equals its own (LLAVA.md 6.3, 6.4); both are filled in."""
     kind = values.get("model_type")
+    check_numbers(values, where)
     if kind == "llava_next" or kind == "llava" and "text_config" in values:
         return _read_llava_hf(values, names, where)
     if kind in CLIP_FAMILY:
@@ -166,6 +180,7 @@ def given(values, keys=OWN_KEYS):
 
 def read_vision_config(values, where):
     """config.json of a CLIP folder (`clip` with a nested vision_config, or `clip_vision_model`) -> ClipVisionConfig."""
+    check_numbers(values, where)
     if "vision_config" not in values:
         _check_kind(where, "model_type", values.get("model_type"), CLIP_FAMILY)
     older = values.get("vision_config_dict") or {}  # of files from before 2023; transformers, too, lets it win

@@ -37,14 +37,15 @@ class RecordFile:
     arrays that a loader's processes share."""
 
     def __init__(self, name, seed=42):
-        share = re.fullmatch(r"(.+):([\d.]+)", name)
-        self.path, share = (share[1], float(share[2])) if share else (name, 1)
+        head, _, text = name.rpartition(":")
+        self.path, text = (head, text) if os.path.isfile(head) else (name, "1")
+        share = float(text) if re.fullmatch(r"\d+\.?\d*|\.\d+", text) else 0
         if not 0 < share <= 1:
-            raise ValueError(f"--data_path {name}: a share of a file is more than 0 and at most 1")
+            raise ValueError(f"{name}: a share of a file, like 0.5, is a number that is more than 0 and at most 1")
         try:
             self.stamp, places = os.stat(self.path).st_mtime_ns, find_records(self.path)
         except FileNotFoundError:
-            raise ValueError(f"{self.path} does not exist; check --data_path") from None
+            raise ValueError(f"{self.path} does not exist; expected a file of records") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is not UTF-8 text ({error}); {EXPECTED}") from None
         if not len(places):
@@ -105,11 +106,13 @@ def write_records(path, records):
 
 
 def add_tag(record):
-    """A record whose picture would not be shown, because no text has an `<image>`, gets one before its first text."""
-    first, *others = record["conversations"]
-    if not isinstance(record.get("image"), str) or any(IMAGE_TAG in turn["value"] for turn in (first, *others)):
+    """A record whose picture would not be shown, because no text has an `<image>`, gets one before its question."""
+    turns = record["conversations"]
+    if not isinstance(record.get("image"), str) or any(IMAGE_TAG in turn["value"] for turn in turns):
         return record
-    return record | {"conversations": [first | {"value": f"{IMAGE_TAG}\n{first['value']}"}, *others]}
+    first = next((turn for turn in turns if turn.get("from") == "human"), turns[0])
+    tagged = first | {"value": f"{IMAGE_TAG}\n{first['value']}"}
+    return record | {"conversations": [tagged if turn is first else turn for turn in turns]}
 
 
 # ---------------------------------------------------------------------------- other data sets (LLAVA.md 9.3 to 9.5)
@@ -177,7 +180,12 @@ def from_csv(path, *, id="id", image="image", question="question", answer="answe
     with open(path, encoding="utf-8-sig", newline="") as file:
         head = file.readline()
         file.seek(0)
-        for number, row in enumerate(csv.DictReader(file, delimiter=max(",;\t", key=head.count))):
+        csv.field_size_limit(1 << 30)  # characters
+        rows = csv.DictReader(file, delimiter=max(",;\t", key=head.count))
+        for number, row in enumerate(rows):
+            if any(row.get(None, ())) or None in (row[question], row[answer]):
+                raise ValueError(f"{path}, line {rows.line_num}: not as many fields as the head line names, "
+                                 f"{len(rows.fieldnames)}; what holds a {rows.reader.dialect.delimiter!r} needs quotes")
             yield talk(row.get(id) or number, row.get(image), [(row[question], row[answer])])
 
 
@@ -213,7 +221,7 @@ def convert(args):
         raise ValueError(f"--set {', '.join(unknown)}: {args.kind} knows {', '.join(source.__kwdefaults__)}")
     try:
         records = [add_tag(record) for record in source(args.src, **given)]
-    except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError, OSError) as error:
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError, UnicodeError, csv.Error, OSError) as error:
         raise ValueError(f"{args.src} is no {args.kind} source as known here ({type(error).__name__}: {error}); --set "
                          f"tells what is called otherwise: {', '.join(source.__kwdefaults__)}") from None
     write_records(args.out, records)

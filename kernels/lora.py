@@ -58,7 +58,7 @@ class _LoraLinear(torch.autograd.Function):
         if dropout:
             rows = rows.masked_fill(left_out(rows, dropout, seed), 0)
         y.addmm_(F.linear(rows, A), B.t(), alpha=scale)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, dy):

@@ -114,7 +114,7 @@ def test_a_bad_record_can_be_skipped_and_is_counted(good, tmp_path, capsys, what
 
 
 @pytest.mark.parametrize("content, expected", [
-    (None, ["does not exist", "--data_path"]), ("", ["holds no records"]), ("[]", ["holds no records"]),
+    (None, ["does not exist; expected a file"]), ("", ["holds no records"]), ("[]", ["holds no records"]),
     ('[{"id": "a"', ["expected a JSON array"]), ('{"id": "a"}\nno json\n', ["line 2", "expected a JSON array or"]),
     ("[3]", ["record 0", "expected an object"])])
 def test_a_data_file_that_is_none(train_refusal, tmp_path, content, expected):
@@ -203,6 +203,12 @@ def test_a_shape_that_the_config_does_not_promise(train_refusal, tiny_llama, tmp
 def test_a_model_that_is_not_there(train_refusal, tmp_path, flag):
     sentence = train_refusal(**{flag: tmp_path / "nowhere"})
     assert str(tmp_path / "nowhere") in sentence and "does not exist" in sentence
+
+
+def test_a_file_that_is_no_projector(train_refusal, tmp_path):
+    (tmp_path / "README.md").write_text("a projector")
+    sentence = train_refusal(pretrain_mm_mlp_adapter=tmp_path / "README.md")
+    assert str(tmp_path / "README.md") in sentence and "mm_projector.bin" in sentence and ".safetensors" in sentence
 
 
 def test_pictures_for_a_model_without_eyes(train_refusal):

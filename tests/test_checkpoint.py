@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import metadata
 
 import train
 from formats import files
-from training import checkpoint
+from training import checkpoint, evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 SAME = "step", "epoch", "loss", "grad_norm", "learning_rate", "learned_tokens", "tokens", "ids", "eval_loss"
@@ -238,6 +238,53 @@ def test_sigterm_saves_a_checkpoint_only(flags, straight, tmp_path, monkeypatch,
     assert_same_run(tmp_path, straight)  # also the evaluation of step 3, put off by the stop
 
 
+@pytest.mark.parametrize("step, saved", [(0, []), (3, [2, 3]), (6, [2, 4, 6])])
+def test_a_signal_ends_an_evaluation(step, saved, flags, straight, tmp_path, monkeypatch, capsys):
+    def loss(judge, records, loss=evaluation.Judge.loss):
+        if now[-1] == step and len(found) == 0:
+            found.append(names(out))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(judge, records)
+
+    def rows(judge, step, rows=evaluation.Judge.rows):
+        now.append(step)
+        return rows(judge, step)
+
+    out, now, found = tmp_path / "out", [], []
+    monkeypatch.setattr(evaluation.Judge, "rows", rows)
+    monkeypatch.setattr(evaluation.Judge, "loss", loss)
+    assert start(out, flags) == 143
+    assert names(out) == [f"checkpoint-{number}" for number in saved] and not (out / "config.json").exists()
+    assert found == [[f"checkpoint-{number}" for number in saved if number % 2 == 0]]  # a due one was written before
+    assert f"stopped after step {step} of 8; the same command" in capsys.readouterr().out
+    assert not [row for row in rows_of(out) if row["step"] == step and "eval_loss" in row]
+    assert start(out, flags) == 0
+    assert_same_run(out, straight)
+
+
+def test_a_killed_evaluation_is_written_once(flags, straight, tmp_path, monkeypatch):
+    def evaluate(loop, evaluate=train.Loop.evaluate):
+        evaluate(loop)
+        if loop.step == 6:
+            shutil.copytree(tmp_path / "before", tmp_path / "out" / "checkpoint-6", dirs_exist_ok=True)
+            raise KeyboardInterrupt
+
+    def save(folder, *rest, save=checkpoint.save):
+        save(folder, *rest)
+        if str(folder).endswith("checkpoint-6"):
+            shutil.copytree(folder, tmp_path / "before")
+
+    monkeypatch.setattr(train.Loop, "evaluate", evaluate)
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "out", flags)
+    assert checkpoint.read_state(tmp_path / "out" / "checkpoint-6")["owed"]
+    monkeypatch.undo()
+    assert start(tmp_path / "out", flags) == 0
+    assert_same_run(tmp_path / "out", straight)
+    assert not checkpoint.read_state(tmp_path / "out" / "checkpoint-6")["owed"]
+
+
 def test_an_error_leaves_what_was_reached(flags, straight, tmp_path, monkeypatch):
     def fail():
         raise RuntimeError("out of luck")
@@ -297,6 +344,14 @@ def test_a_run_that_does_not_fit_is_refused_and_nothing_is_touched(flags, half, 
     assert sorted((path, path.stat().st_mtime_ns) for path in half.rglob("*") if path.is_file()) == before
 
 
+def test_a_checkpoint_past_the_end_is_said_and_written(flags, half, tmp_path, capsys):
+    assert start(tmp_path / "short", flags, resume=half / "checkpoint-5", resume_anyway=True, max_steps=4) == 0
+    said = capsys.readouterr().out
+    assert "5 of 4 steps are done; it is past --max_steps 4 already, and nothing is left to learn" in said
+    assert not [row for row in rows_of(tmp_path / "short") if "loss" in row] and "ETA" not in said
+    assert (tmp_path / "short" / "model.safetensors").exists()
+
+
 def test_other_flags_go_on_when_asked(flags, half, capsys):
     assert start(half, flags, learning_rate=1e-3, resume_anyway=True) == 0
     assert "WARNING" in (said := capsys.readouterr().err) and "learning_rate was 0.01, is 0.001" in said
@@ -306,11 +361,19 @@ def test_other_flags_go_on_when_asked(flags, half, capsys):
 # ------------------------------------------------------------------------------------------------------ what is written
 
 
+def mend(folder, **others):
+    """Put other values into state.json."""
+    (folder / "state.json").write_text(json.dumps(checkpoint.read_state(folder) | others))
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda folder: os.truncate(folder / "__0_0.distcp", 100), "__0_0.distcp has 100 of"),
     (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
     (lambda folder: (folder / "state.json").unlink(), "no readable state.json"),
-    (lambda folder: (folder / "state.json").write_text('{"step": 5, "fi'), "no readable state.json")])
+    (lambda folder: (folder / "state.json").write_text('{"step": 5, "fi'), "no readable state.json"),
+    (lambda folder: (folder / "state.json").write_text('{"files": {}}'), "state.json has no proper step, epoch"),
+    (lambda folder: mend(folder, step="2"), "state.json has no proper step"),
+    (lambda folder: mend(folder, files={"x": "y"}), "incomplete, x is missing")])
 def test_a_torn_checkpoint_is_skipped_with_a_word(stopped, tmp_path, capsys, damage, words):
     out = Path(shutil.copytree(stopped, tmp_path / "out"))
     damage(out / "checkpoint-5")
@@ -322,6 +385,22 @@ def test_a_torn_checkpoint_is_skipped_with_a_word(stopped, tmp_path, capsys, dam
 def test_the_limit_keeps_the_newest(flags, tmp_path):
     assert start(tmp_path, flags, save_total_limit=2, max_steps=7) == 0
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("limit, kept", [(None, 3), (0, 3), (-1, 3), (1, 1), (9, 3)])
+def test_no_limit_deletes_all(limit, kept, tmp_path):
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.thin_out(tmp_path, limit)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in (1, 2, 3)][-kept:]
+
+
+def test_epochs_end_where_their_records_do(flags, tmp_path):
+    options = flags | {"eval_steps": None, "max_steps": None, "gradient_accumulation_steps": 1}
+    options = {key: value for key, value in options.items() if value is not None}
+    assert start(tmp_path, options, num_train_epochs=2.5, save_strategy="epoch", evaluation_strategy="epoch") == 0
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
+    assert [row["step"] for row in rows_of(tmp_path) if "eval_loss" in row] == [0, 3, 6, 8]
 
 
 @pytest.mark.parametrize("strategy, expected", [("no", []), ("epoch", ["checkpoint-1", "checkpoint-2"])])
@@ -345,6 +424,10 @@ def test_the_log_is_cut(tmp_path):
     assert checkpoint.cut_log(log, 2) == 2
     assert rows_of(tmp_path) == rows[:4] and checkpoint.cut_log(log, 2) == 0
     assert checkpoint.cut_log(tmp_path / "none.jsonl", 2) == 0
+    log.write_text('{"step": "x"}\n[5]\n5\n{"loss": 1}\nnull\n{"step": 1, "eval_set": "a"}\n'
+                   '{"step": 2, "loss": 1}\n{"step": 2, "eval_set": "a"}\n')
+    assert checkpoint.cut_log(log, 2) == 5 and checkpoint.cut_log(log, 2, owed=True) == 1
+    assert rows_of(tmp_path) == [{"step": 1, "eval_set": "a"}, {"step": 2, "loss": 1}]
 
 
 # ------------------------------------------------------------------------------------------------- what must not happen

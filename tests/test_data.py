@@ -230,7 +230,7 @@ def test_files_that_are_no_records(tmp_path, text, sentence):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=rf"x\.json.*{sentence}"):
         data.read_records(tmp_path / "x.json")
-    with pytest.raises(ValueError, match=r"y\.json does not exist; check --data_path"):
+    with pytest.raises(ValueError, match=r"y\.json does not exist; expected a file of records"):
         data.read_records(tmp_path / "y.json")
 
 

@@ -67,8 +67,8 @@ def test_mixtures(tmp_path):
     assert half != [r["id"] for r in read_records(f"{a}:0.5", 1)]
     assert [r["k"] for r in read_records([f"{b},{a}:1.0", b])] == ["b", *range(10), "b"]
     assert len(read_records(f"{a}:0.01")) == 1
-    for share in "0", "1.5":
-        with pytest.raises(ValueError, match=rf"--data_path .*a\.json:{share}: a share of a file is more than 0"):
+    for share in "0", "1.5", "1.2.3", "-1", "half", "nan", "":
+        with pytest.raises(ValueError, match=rf"a\.json:{share}: a share of a file, like 0\.5, is a number"):
             read_records(f"{a}:{share}")
 
 
@@ -203,6 +203,19 @@ def test_check_finds_every_fault_and_fix_leaves_none(check, tmp_path, workers):
     fixed = {r["id"]: r for r in json.loads((tmp_path / "clean.json").read_text())}
     assert list(fixed) == ["good", "text", "jpg", "nameless", "deep", "tag", "untold"]
     assert fixed["untold"]["conversations"][0]["value"] == "<image>\nWhat?"
+
+
+def test_fix_puts_the_tag_where_the_template_shows_it(check, tmp_path):
+    turns = ("gpt", "Hello."), ("human", "What?"), ("gpt", "A circle.")
+    assert check([record("late", "a.png", *turns)], "--fix", tmp_path / "clean.json")[0] == 0
+    fixed, = json.loads((tmp_path / "clean.json").read_text())
+    assert [turn["value"] for turn in fixed["conversations"]] == ["Hello.", "<image>\nWhat?", "A circle."]
+    assert not check([fixed])[1]["notes"].keys() & {"a picture without an <image> tag: it is not shown"}
+
+
+def test_fix_names_no_flag_that_is_none(check, tmp_path):
+    status, _, error = check([record("n", None, ("human", "Hi"), ("gpt", "Hello."))], "--fix", tmp_path)
+    assert status == 2 and error.endswith(f"error: {tmp_path} is a folder; name a file\n")
 
 
 def test_nothing_is_written_where_nothing_is_good(check, tmp_path):

@@ -1,8 +1,10 @@
 """training/evaluation.py: the sight meter, held against answerers of which we know what they see; the best model."""
 
+import math
 import os
 import shutil
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from drawn import COLOURS, draw, record, rows_of, words, write
 from PIL import Image
 from safetensors.torch import load_file
-from test_checkpoint import at_step, names, ports, process
+from test_checkpoint import at_step, make_odd, names, ports, process
 
 import data
 import train
@@ -38,7 +40,8 @@ def judge(loaded, scenes, tmp_path):
     def make(*records, **options):
         path = write(tmp_path / "held_out.json", records)
         flags = {"eval_pictures": "true,shuffled,blank", "eval_generate": 100, "per_device_eval_batch_size": 2,
-                 "model_max_length": 512, "image_folder": str(scenes), "eval_data_path": str(path)}
+                 "model_max_length": 512, "image_folder": str(scenes), "eval_data_path": str(path),
+                 "on_bad_record": "stop", "on_bad_image": "stop"}
         return Judge(SimpleNamespace(**flags | options), loaded)
     return make
 
@@ -179,6 +182,20 @@ def test_loss_is_the_mean_over_learned_tokens_whatever_the_batch(judge, loaded, 
     assert row["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_what_is_wrong_with_held_out_records_is_passed_over_when_asked(judge, scenes, capsys, tmp_path, rigged):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    records = [question("broken", str(tmp_path / "bad.png"), "red"), question("missing", "none.png", "red"),
+               *COLOURED[:2], record("silent", "a.png", ("human", "<image>"))]
+    with pytest.raises(ValueError, match="missing picture"):
+        judge(*records)
+    asked = rigged(see)
+    made = judge(*records, on_bad_record="skip", on_bad_image="skip", eval_pictures="true")
+    row, _ = *made.rows(0), list(made.rows(1))
+    assert row["eval_match"] == 1 and len(asked) == 4 and math.isfinite(row["eval_loss"])
+    said = capsys.readouterr().err
+    assert said.count("2 records: broken picture") == said.count("1 records: left out, nothing to learn") == 1
+
+
 def test_several_files_give_a_row_each(judge, tmp_path):
     (tmp_path / "more").mkdir()
     paths = [tmp_path / name for name in ("held_out.json", "other.json", "more/other.json")]
@@ -306,6 +323,27 @@ def test_a_best_model_that_is_not_there_is_said(start, after, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "WARNING" in said and "checkpoint-4 had the best eval_loss, but is incomplete" in said
     assert projector(tmp_path / "out") == after(12)
+
+
+def test_the_best_model_may_be_from_before_the_optimizer_had_a_state(start, tmp_path, monkeypatch, capsys):
+    for step in (1, 2):
+        make_odd(monkeypatch, step, loss=float("nan"))
+    assert start(LOSSES | {2: 1.0}, load_best_model_at_end=True, skip_nonfinite=2) == 0
+    assert "the weights of step 2 are written, of the best eval_loss, 1.0000" in capsys.readouterr().out
+    names = {name.split(".")[0] for name in checkpoint.Reader(
+        tmp_path / "out" / "checkpoint-2").read_metadata().state_dict_metadata}
+    assert names == {"model"} and projector(tmp_path / "out")
+
+
+def test_the_time_left_does_not_take_evaluations_for_steps(start, capsys):
+    class Slow(dict):
+        def __getitem__(self, step):
+            time.sleep(1)
+            return super().__getitem__(step)
+
+    assert start(Slow(LOSSES), eval_steps=6) == 0
+    first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step  1/12"))
+    assert first.rpartition("ETA ")[2] in ("0:02", "0:03", "0:04")  # two evaluations to come
 
 
 @pytest.mark.parametrize("given, sentence", [

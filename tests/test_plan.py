@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -218,12 +219,46 @@ def test_sharding_and_a_global_batch_that_stays(capsys):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--plan --model_name_or_path lmsys/vicuna-7b-v1.5 --gpus many", "like 8x80GB"),
+    *((f"--plan --model_name_or_path lmsys/vicuna-7b-v1.5 --gpus={gpus}", "like 8x80GB")
+      for gpus in ("many", "0x80GB", "-1x80GB", "-2x80GB --recipe v1.5 --stage finetune")),
+    (SEVEN + "--gpus 8x80GB --fsdp_replicas 3", "--fsdp_replicas 3 does not divide 8 devices"),
     ("--plan", "--model_name_or_path is missing"),
     ("--plan --model_name_or_path openai/clip-vit-large-patch14", "--vision_tower")])
 def test_mistakes(line, words):
     with pytest.raises(ValueError, match=words):
         train.main(line.split())
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"hidden_size": "big"}, "hidden_size is 'big'"), ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"num_key_value_heads": 1.5}, "num_key_value_heads is 1.5"), ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x'"),
+    ({"vocab_size": -4}, "vocab_size is -4"),
+    ({"vision_config": {"patch_size": 0}, "model_type": "llava"}, "vision_config.patch_size is 0"),
+    ({"text_config": {"head_dim": [1]}, "model_type": "llava"}, r"text_config.head_dim is \[1\]")], ids=str)
+def test_a_config_with_impossible_numbers_is_named(tmp_path, tiny_llama, change, words):
+    folder = Path(shutil.copytree(tiny_llama("gqa"), tmp_path / "llm"))
+    (folder / "config.json").write_text(json.dumps(read_json(folder / "config.json") | change))
+    for start in (lambda: train.main(f"--plan --model_name_or_path {folder}".split()),
+                  lambda: weights.load(folder, device="cpu")):
+        with pytest.raises(ValueError, match=f"^{folder}/config.json: {words}; expected "):
+            start()
+
+
+def test_a_tower_with_impossible_numbers_is_named(tmp_path, tiny_llama, tiny_clip):
+    folder = Path(shutil.copytree(tiny_clip, tmp_path / "clip"))
+    (folder / "config.json").write_text(json.dumps(read_json(folder / "config.json") | {"image_size": "x"}))
+    with pytest.raises(ValueError, match=f"^{folder}/config.json: image_size is 'x'; expected "):
+        train.main(words(plan=True, model_name_or_path=tiny_llama("gqa"), vision_tower=folder))
+
+
+@pytest.mark.parametrize("lora", ["", "--lora_enable True --lora_r 64 "])
+def test_offloading_tells_what_the_host_must_hold(capsys, lora):
+    train.main((SEVEN + lora + "--gpus 8x80GB --deepspeed zero3_offload.json").split())
+    line, = [line for line in capsys.readouterr().out.splitlines() if "the machine's own memory" in line]
+    trained = 20979712 + (64 * 32 * (8 * 4096 + 3 * (4096 + 11008)) if lora else 6738415616)
+    assert float(line.split(" GB")[0].split()[-1]) == pytest.approx(16 * trained / 1e9, abs=0.01)
+    train.main((SEVEN + lora + "--gpus 8x80GB").split())
+    assert "own memory" not in capsys.readouterr().out
 
 
 def test_checkpointing_where_memory_is_short(folders, tmp_path, capsys):

@@ -21,12 +21,13 @@ from torch import nn
 import lora
 import quant
 import sample
+import train
 import weights
 from benches import loading, quantising
 from formats import bitsandbytes, command, files, inspection
 from kernels import nf4
 from training import plan
-from weights import load, save
+from weights import convert, load, save
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -441,6 +442,81 @@ def test_a_projector_before_a_quantised_model(flags, tmp_path):
 def test_what_cannot_be_trained(flags, tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         run_train(tmp_path, **flags | options)
+
+
+@pytest.mark.parametrize("options", [{"freeze_mm_mlp_adapter": True}, {"lora_target": "all-linear"}], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_adapter_beside_a_quantised_projector_comes_back(flags, tmp_path, options, bits, monkeypatch):
+    """In the folder the projector stands as numbers, which the base may not have."""
+    loops, save_model = [], train.Loop.save
+    monkeypatch.setattr(train.Loop, "save", lambda loop: (loops.append(loop), save_model(loop)))
+    run_train(tmp_path, **flags | options | {"bits": bits, "quant_also": "mm_projector", "max_steps": 2})
+    beside = load_file(tmp_path / "non_lora_trainables.safetensors")
+    assert len(beside) == 4 and all(tensor.dtype == torch.float32 for tensor in beside.values())
+    batch = batch_of(torch.arange(9))
+    with torch.no_grad():
+        again = load(tmp_path, bits=bits)
+        assert torch.equal(again.model.logits(batch), loops[0].model.logits(batch))
+        x = torch.randn(3, again.config.vision.hidden_size)
+        assert torch.allclose(again.model.mm_projector(x), loops[0].model.mm_projector(x), atol=1e-5)
+
+
+def test_an_adapter_of_4_bits_goes_on_the_base_in_4_bits(flags, straight, tmp_path, capsys):
+    """Quantised when it is loaded or before: the codes tell that it is the same base."""
+    for kind in "nf4", "fp4":
+        save(load(flags["model_name_or_path"], dtype="stored", bits=4, quant_type=kind), tmp_path / kind)
+    capsys.readouterr()
+    found = load(tmp_path / "nf4", adapter=straight, dtype="float32").model
+    assert "WARNING" not in capsys.readouterr().err
+    wanted = load(flags["model_name_or_path"], adapter=straight, bits=4, dtype="float32").model
+    assert near(our_logits(found, [1, 5, 9, 200]), our_logits(wanted, [1, 5, 9, 200]), {"bits": 4})
+    with pytest.raises(ValueError, match="has other weights"):
+        load(tmp_path / "fp4", adapter=straight)
+    load(flags["model_name_or_path"], adapter=straight)
+    assert "was trained on a base in 4 bits, and this one is in 16" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def all_in_codes(bnb, tiny_tokenizer, tmp_path_factory):
+    """A LLaVA as transformers quantises it unless told otherwise: tower and projector, too."""
+    import transformers
+    folder, plain = tmp_path_factory.mktemp("codes"), tmp_path_factory.mktemp("plain")
+    vision = clip_config(hidden_size=64, intermediate_size=128)
+    config = transformers.LlavaConfig(text_config=llama_config(**WIDE, vocab_size=464), vision_config=vision,
+                                      image_token_index=400)
+    randomized(transformers.LlavaForConditionalGeneration(config)).save_pretrained(plain)
+    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(
+        plain, dtype=torch.float32, quantization_config=how)
+    theirs.save_pretrained(folder)
+    copy_tokenizer(tiny_tokenizer, folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tower_in_codes_is_converted(all_in_codes, tmp_path):
+    source = load(all_in_codes, dtype="float32")
+    names = {name.split(".")[0] for name in quant.quantised(source.model)}
+    assert names == {"language_model", "vision_tower", "mm_projector"}
+    convert(all_in_codes, tmp_path / "out")
+    again = load(tmp_path / "out", dtype="float32")
+    assert {name.split(".")[0] for name in quant.quantised(again.model)} == {"language_model"}
+    assert source.spare.keys() == again.spare.keys()
+    pixels = torch.randn(1, 3, source.config.vision.image_size, source.config.vision.image_size)
+    with torch.no_grad():
+        ours, wanted = (x.model.mm_projector(x.model.vision_tower(pixels)) for x in (again, source))
+    assert near(ours, wanted, {"bits": 4})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_a_model_all_in_codes(all_in_codes, flags, tmp_path):
+    """Its projector cannot be trained, which is said with what can be done; it can be adapted."""
+    flags = {name: value for name, value in flags.items() if name not in ("bits", "vision_tower", "mm_projector_type")}
+    flags |= {"model_name_or_path": all_in_codes, "max_steps": 2}
+    with pytest.raises(ValueError, match="--lora_target all-linear, or leave it .* --freeze_mm_mlp_adapter True"):
+        run_train(tmp_path, **flags)
+    run_train(tmp_path, **flags | {"lora_target": "all-linear"})
+    assert lora.adapted(load(tmp_path).model)
 
 
 def test_a_folder_of_codes_from_the_command_line(wide_llava, tmp_path, monkeypatch, capsys):

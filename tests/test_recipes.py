@@ -108,6 +108,31 @@ def test_a_deepspeed_file_of_ones_own(tmp_path, capsys):
     assert "no such file" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content, message", [
+    ({"zero_optimization": 3}, "zero_optimization is 3; expected an object"),
+    ({"zero_optimization": {"stage": "three"}}, "stage is 'three'; expected a whole number"),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}, "offload_optimizer is 'cpu'; expected an object"),
+    ({"gradient_clipping": "x"}, "gradient_clipping is 'x'; expected a number"),
+    ({"train_micro_batch_size_per_gpu": 1.5}, "train_micro_batch_size_per_gpu is 1.5; expected a whole number"),
+    ({"bf16": True}, "bf16 is True; expected an object"), (None, "no such file; give a ZeRO file")], ids=str)
+def test_a_deepspeed_file_that_is_none(tmp_path, content, message):
+    path = tmp_path / "ds.json"
+    path.mkdir() if content is None else path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"^--deepspeed {path}: {message}"):
+        parse(f"--deepspeed {path}")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_becomes_of_a_deepspeed_file_is_said_once(tmp_path, capsys, stage):
+    (tmp_path / "ds.json").write_text(json.dumps({
+        "optimizer": {"type": "Adam"}, "scheduler": {}, "gradient_clipping": None,
+        "zero_optimization": {"stage": stage, "offload_optimizer": None}}))
+    args, said = parse(f"--deepspeed {tmp_path}/ds.json"), capsys.readouterr().err
+    assert (args.max_grad_norm, args.offload, args.keep_gathered) == (1, False, stage < 3)
+    assert said.count("not followed: its optimizer and scheduler, the flags decide") == 1
+    assert ("done as stage 2" in said) == (stage < 2)
+
+
 @pytest.mark.parametrize("flag, message", [
     ("--deepspeed zero1.json", "no such file; give a ZeRO file, or zero2.json, zero3.json"),
     ("--deepspeed zero2.json --fsdp full_shard", "drop one"), ("--fsdp hybrid_shard", "'hybrid_shard' is not known"),
@@ -130,6 +155,26 @@ def test_flags_without_effect_are_said_to_be_so(capsys):
         "--mpt_attn_impl", "--lazy_preprocess", "--fsdp_transformer_layer_cls_to_wrap"]
 
 
+@pytest.mark.parametrize("line, idle", [
+    ("--eval_steps 7", ["eval_steps"]), ("--eval_strategy steps --eval_generate 5", [
+        "evaluation_strategy", "eval_generate"]),
+    ("--evaluation_strategy no", []), ("--eval_steps 7 --eval_data_path e.json", []),
+    ("--mm_vision_tower_lr 2e-6", ["mm_vision_tower_lr"]),
+    ("--mm_vision_tower_lr 2e-6 --unfreeze_mm_vision_tower", []),
+    ("--lora_r 8 --lora_alpha 16 --lora_target all-linear --use_rslora", [
+        "lora_r", "lora_alpha", "lora_target", "use_rslora"]),
+    ("--lora_r 8 --lora_enable", []), ("--local_rank=0", ["local_rank"]),
+    ("--recipe miniature --stage pretrain", []), ("--recipe v1.5-lora --stage finetune", [])])
+def test_a_setting_that_does_nothing_is_said_to(line, idle, capsys):
+    parse(line)
+    said = "".join(line for line in capsys.readouterr().err.splitlines() if "without effect" in line)
+    assert re.findall(r"--(\w+) is without effect", said) == idle
+
+
+def test_newer_names_are_the_same():
+    assert parse("--eval_strategy epoch --eval_data_path e.json").evaluation_strategy == "epoch"
+
+
 def test_every_training_command_of_the_seed_documents_is_understood(capsys):
     folder = Path(__file__).resolve().parents[2] / "shared" / "reference"
     seeds = sorted(folder.glob("seed_*"))
@@ -147,6 +192,12 @@ def test_every_training_command_of_the_seed_documents_is_understood(capsys):
 @pytest.mark.parametrize("words, message", [
     ("--dataloader_num_workers -1", "too small; it is 0 or more"), ("--save_steps 0", "too small; it is 1 or more"),
     ("--adam_beta1 2", "too large; it is less than 1"), ("--warmup_ratio 3", "too large; it is less than 1"),
+    ("--save_total_limit 0", "too small; it is 1 or more"), ("--warmup_steps -5", "too small; it is 0 or more"),
+    ("--eval_steps -1", "too small; it is 1 or more"), ("--eval_steps 0", "too small; it is 1 or more"),
+    ("--eval_generate -3", "too small; it is 0 or more"), ("--skip_nonfinite -1", "too small; it is 0 or more"),
+    ("--seed -1", "too small; it is 0 or more"), ("--plan --plan_tokens 0", "too small; it is 1 or more"),
+    ("--per_device_train_batch_size 0", "too small; it is 1 or more"), (f"--seed {2**63}", "too large; it is less"),
+    ("--num_train_epochs 1e300", "too large; it is less than 1,000,000"),
     (f"--output_dir {__file__}", "is a file; name a folder")])
 def test_a_number_out_of_range_is_one_sentence(words, message):
     with pytest.raises(ValueError, match=message):

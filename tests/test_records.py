@@ -127,6 +127,22 @@ def test_csv(convert, run, tmp_path):
     assert status == 2 and "is no csv source as known here (KeyError: 'question')" in error and "--set" in error
 
 
+def test_csv_holds_long_texts(convert, tmp_path):
+    (tmp_path / "t.csv").write_text(f"question,answer,image\nHi,{'long ' * 40000}\n")  # and no last field
+    assert len(values(convert("csv", tmp_path / "t.csv")[0])[1]) == 200000
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"question,answer\nq,a\nonly a question\n", "t.csv, line 3: not as many fields as the head line names, 2"),
+    (b"question,answer\nq,no quotes, so cut\n", "t.csv, line 2: not as many fields as the head line names, 2; what"),
+    ("question,answer\nWie?,Sch\u00f6n\n".encode("latin-1"),
+     "t.csv is no csv source as known here (UnicodeDecodeError: 'utf-8' codec")])
+def test_a_csv_with_a_fault_is_named(run, tmp_path, content, sentence):
+    (tmp_path / "t.csv").write_bytes(content)
+    status, _, error = run("convert", "csv", tmp_path / "t.csv", tmp_path / "o.json")
+    assert status == 2 and sentence in error and error.count("\n") == 1 and not (tmp_path / "o.json").exists()
+
+
 @pytest.mark.parametrize("names", [
     {}, {"annotation": "tokens", "id": "token_start", "label": "entityLabel"},
     {"documentName": "file", "annotation": "ents", "label": "kind", "QUESTION": "Q", "head": "from", "child": "to"}])

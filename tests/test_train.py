@@ -330,6 +330,11 @@ def test_matrices_decay_and_biases_and_norms_do_not(parts, tmp_path):
     assert groups.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
+def test_several_rates_are_shown_as_one_is(parts, tmp_path, capsys):
+    run_train(tmp_path, max_steps=2, mm_projector_lr=2.25e-4, mm_vision_tower_lr=7.5e-5, **parts)
+    assert "lr 5.00e-03, 1.12e-04, 3.75e-05  " in capsys.readouterr().out  # of the second step of two
+
+
 def test_the_projector_has_a_rate_of_its_own(parts, tmp_path):
     model = build(tmp_path, **parts | {"tune_mm_mlp_adapter": False}).model
     groups = groups_of(model, mm_projector_lr=1e-4)

@@ -38,9 +38,11 @@ FREE = {
     "save_projector_only", "max_shard_size", "skip_nonfinite", "gradient_accumulation_steps", "gradient_checkpointing",
     "dataloader_num_workers", "logging_steps", "log_samples", "verbose", "report_to", "run_name", "debug", "cache_dir",
     "stage", "recipe", "model", "conv_mode", "deepspeed", "fsdp", "keep_gathered", "offload", "evaluation_strategy",
-    "lora_shard_base", "force",
+    "lora_shard_base", "force", "local_rank",
     "fsdp_replicas", "ddp_timeout", "plan", "gpus", "plan_tokens", "per_device_eval_batch_size", "eval_data_path",
     "eval_steps", "eval_generate", "eval_pictures", "cache_features", "plot", "out"}
+STATE = {"step": int, "epoch": int, "records": int, "skipped": int, "owed": bool, "scaler": dict, "facts": dict,
+         "args": dict, "random": list, "files": dict}  # what state.json must have, to be gone on from
 NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
@@ -135,12 +137,15 @@ def step_of(folder):
 def what_is_wrong(folder):
     """Why a folder is no complete checkpoint, in words; None if it is one: every file is there in its full length."""
     try:
-        for name, size in read_state(folder)["files"].items():
+        state = read_state(folder)
+        if wrong := [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]:
+            return f"incomplete, or of another program: its state.json has no proper {', '.join(wrong)}"
+        for name, size in state["files"].items():
             if not (folder / name).is_file():
                 return f"incomplete, {name} is missing"
             if (folder / name).stat().st_size != size:
                 return f"incomplete, {name} has {(folder / name).stat().st_size} of {size} bytes"
-    except (ValueError, OSError, KeyError, TypeError, AttributeError):
+    except (ValueError, OSError):
         return "incomplete, or of another program: it has no readable state.json"
     return None
 
@@ -163,9 +168,10 @@ def compare(where, before, now, anyway):
     return not changed
 
 
-def settle(args, step):
+def settle(args, step, owed=False):
     """Make output_dir hold these flags, and only what led to `step` (None: a new run). Nothing complete is deleted:
-    what belongs to another course is renamed to *.old; rows of log.jsonl that will be written again are cut."""
+    what belongs to another course is renamed to *.old; rows of log.jsonl that will be written again are cut. owed:
+    among them is the evaluation after `step`."""
     out = Path(args.output_dir)
     (out / "trainer_state.json").unlink(missing_ok=True)  # the run is not finished, or not any more
     for folder in out.glob("checkpoint-*.tmp"):
@@ -178,21 +184,23 @@ def settle(args, step):
     for path in aside:
         names = (path.with_name(f"{path.name}.old{i or ''}") for i in range(10**6))
         say(f"{path} is of another run and set aside as {path.rename(next(n for n in names if not n.exists())).name}")
-    if step is not None and (cut := cut_log(log, step)):
+    if step is not None and (cut := cut_log(log, step, owed)):
         say(f"{log}: {cut} rows after step {step} are cut, and will be written again")
     files.write_files(out, {"training_args.json": vars(args)})
 
 
-def cut_log(log, step):
-    """Drop the rows later than `step`, and a line that a dying run left half written. -> how many"""
+def cut_log(log, step, owed=False):
+    """Drop the rows later than `step`, with `owed` also its evaluation's, and what is no row: a dying run leaves half a
+    line. -> how many"""
     if not log.exists():
         return 0
     lines, kept = log.read_text(encoding="utf-8").splitlines(), []
     for line in lines:
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] <= step - (owed and "eval_set" in row):
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             pass
     temporary = log.with_name("log.jsonl.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
@@ -206,10 +214,10 @@ def cut_log(log, step):
 def tensors_of(trained, optimizer):
     """{name: tensor} of what trains and of what the optimiser keeps for it: the run's own tensors, no copies.
 
-    trained: {our name: parameter}, DTensors if sharded.
+    trained: {our name: parameter}, DTensors if sharded; optimizer: None for the parameters alone.
     """
     tensors = {f"model.{name}": p for name, p in trained.items()}
-    for name, p in trained.items():
+    for name, p in trained.items() if optimizer else ():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state.get(p, {}).items()}
     return tensors
 
@@ -285,19 +293,32 @@ def complete(temporary, folder, state, table):
     if missing:
         raise ValueError(f"{', '.join(sorted(missing))} of other ranks are not in it; --output_dir must be one folder "
                          "that all nodes share")
-    with open(temporary / "state.json", "w", encoding="utf-8") as file:
-        json.dump(state | {"files": sizes}, file, default=torch.Tensor.tolist)
-        file.flush()
-        os.fsync(file.fileno())
+    write_state(temporary, state | {"files": sizes})
     temporary.rename(folder)
     directory = os.open(folder.parent, os.O_RDONLY)
     os.fsync(directory)  # the name, too, outlives a power cut
     os.close(directory)
 
 
+def write_state(folder, state):
+    """state.json, whole or not at all, and on the disk."""
+    path = Path(folder, "state.json.tmp")
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(state, file, default=torch.Tensor.tolist)
+        file.flush()
+        os.fsync(file.fileno())
+    path.rename(path.with_suffix(""))
+
+
+def amend(folder, state):
+    """Note in a checkpoint, written before an evaluation, what that told."""
+    if Path(folder).exists():
+        write_state(folder, read_state(folder) | {key: state[key] for key in ("owed", "best")})
+
+
 def thin_out(out, limit, best=None):
-    """Delete the oldest checkpoints but `limit` (--save_total_limit; None or 0: keep all), never that of `best`."""
-    for folder in [f for f in checkpoints(out)[:-limit] if step_of(f) != best] if limit else []:
+    """Delete the oldest checkpoints but `limit` (--save_total_limit; None, 0 or less: none), never that of `best`."""
+    for folder in [f for f in checkpoints(out)[:-limit] if step_of(f) != best] if limit and limit > 0 else []:
         shutil.rmtree(folder.rename(folder.with_name(folder.name + ".tmp")))  # never half there under its own name
 
 
@@ -343,10 +364,12 @@ class Reader(dcp.FileSystemReader):
         return table
 
 
-def load(folder, trained, optimizer):
-    """Fill parameters and optimiser state in place; each rank reads its own shards. ValueError: other parts train."""
+def load(folder, trained, optimizer=None):
+    """Fill parameters, and the state of an optimiser, in place; each rank reads its own shards. ValueError: other parts
+    train."""
     reader = Reader(folder)
-    table = reader.read_metadata().state_dict_metadata
+    table = {key: entry for key, entry in reader.read_metadata().state_dict_metadata.items()
+             if optimizer or key.startswith("model.")}
     for key, entry in table.items():
         kind, _, rest = key.partition(".")
         name, _, leaf = rest.rpartition(".")
@@ -383,7 +406,7 @@ def rehearse(args, loaded, trained, device, step, left):
     on_first_rank(shutil.rmtree, test, True)  # an earlier run may have died here
     save(test, {f"model.{name}": small}, {}, random_state(device))
     small.zero_()
-    load(test, {name: small}, torch.optim.SGD([small]))
+    load(test, {name: small})
     if not torch.equal(*((t.to_local() if hasattr(t, "to_local") else t) for t in (small, before))):
         raise ValueError(f"{out} gives back other numbers than were written; name --output_dir on another disk")
     shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in loaded.model.state_dict().items()}
@@ -400,7 +423,7 @@ def measure(args, loaded, shapes, checkpoint, step, left, test):
         files.write_files(test, contents)
     shutil.rmtree(test)
     limit, there = args.save_total_limit, sum(step_of(folder) <= step for folder in checkpoints(args.output_dir))
-    limit = limit and limit + args.load_best_model_at_end  # the best one stays, too
+    limit = max(0, limit or 0) and limit + args.load_best_model_at_end  # the best one stays, too
     count = max(0, min(left, limit + 1 - there)) if limit else left  # the oldest goes when the newest is complete
     need, free = model + count * checkpoint, files.free_bytes(args.output_dir)
     sizes = (f"{count} checkpoints of {files.gigabytes(checkpoint)} and a model of {files.gigabytes(model)} need "

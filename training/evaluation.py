@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+from formats.command import say
 from model import IGNORE_INDEX
 from sample import Request, generate
 
@@ -22,19 +23,24 @@ SHORT = 3  # words
 PICTURES = ("true", "shuffled", "blank")
 
 
+class Left(Exception):
+    """A signal has ended an evaluation."""
+
+
 class Judge:
     """Evaluates one model on the files of `--eval_data_path`; each gives one row of log.jsonl per evaluation."""
 
     def __init__(self, args, loaded):
-        self.args, self.loaded = args, loaded
+        self.args, self.loaded, self.pause = args, loaded, lambda: None  # pause: what may raise Left between batches
         self.pictures = [name.strip() for name in args.eval_pictures.split(",")]
         for name in self.pictures:
             if name not in PICTURES:
                 raise ValueError(f"--eval_pictures {name!r} is not known; use {', '.join(PICTURES)}, comma-separated")
-        self.sets = {}  # name -> Records
+        self.sets, self.told = {}, set()  # name -> Records; of which it was said what is odd about them
         for path in filter(None, (args.eval_data_path or "").split(",")):
             name = path if Path(path).stem in self.sets else Path(path).stem
-            self.sets[name] = data.Records(path, args.image_folder, loaded, loaded.conv_mode, args.model_max_length)
+            self.sets[name] = data.Records(path, args.image_folder, loaded, loaded.conv_mode, args.model_max_length,
+                                           args.on_bad_record, on_bad_image=args.on_bad_image)
 
     @torch.no_grad()
     def rows(self, step):
@@ -45,13 +51,19 @@ class Judge:
             if self.args.eval_generate:
                 row |= self.ask(records)
             yield row | {"eval_seconds": time.perf_counter() - began}
+            if records.report() and name not in self.told:
+                say(f"{name}: {records.report()}")
+            self.told.add(name)
 
     def loss(self, records):
         """Mean cross-entropy over all learned tokens of the file."""
         device = self.loaded.model.language_model.lm_head.weight.device
         total, learned, size = 0.0, 0, self.args.per_device_eval_batch_size
         for first in range(0, len(records), size):
+            self.pause()
             batch = records.pack([records[i] for i in range(first, min(first + size, len(records)))]).to(device)
+            for note, record_id in batch.notes:
+                records.note(note, record_id)
             if count := int((batch.labels != IGNORE_INDEX).sum()):
                 total += self.loaded.model.loss(batch).item() * count
                 learned += count
@@ -60,14 +72,18 @@ class Judge:
     def ask(self, records):
         """Generate an answer to the last question of each record and compare. -> the eval_match fields of a row"""
         asked = [records.question(i) for i in range(min(self.args.eval_generate, len(records)))]
-        asked = [question for question in asked if question is not None]
+        broken = records.notes.get(data.REPLACED, {})  # as `loss` has found out
+        asked = [question for question in asked if question is not None and question.id not in broken]
         scores = {}  # picture -> kind -> [True, False, …]
         answers = []
         for pictures in self.pictures:
             shown = [(q, images) for q, images in zip(asked, self.show(asked, pictures)) if images is not None]
             requests = [Request(q.messages, images, max_new_tokens=8 + len(self.loaded.tokenizer.encode(q.answer)))
                         for q, images in shown]
-            said = generate(self.loaded, requests, batch_size=self.args.per_device_eval_batch_size)
+            said, size = [], self.args.per_device_eval_batch_size
+            for first in range(0, len(requests), size):
+                self.pause()
+                said += generate(self.loaded, requests[first: first + size], batch_size=size)
             by_kind = scores.setdefault(pictures, {})
             for (q, _), answer in zip(shown, said):
                 by_kind.setdefault(q.kind, []).append(plain(answer.text) == plain(q.answer))

@@ -10,6 +10,7 @@ that its course is the same with and without them, but for the rounding of produ
 
 import json
 import os
+import time
 from contextlib import suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import save
 from torch.utils.data import DataLoader
 
 from data import Example
+from formats import files
 from formats.command import Progress, say
 from training.checkpoint import on_first_rank
 
@@ -28,9 +30,14 @@ FILE_BYTES = 2**28  # of one file, about
 
 
 def stored(folder):
-    """What a folder holds -> {picture: (file, its [height, width])}. A damaged file is said and removed."""
+    """What a folder holds -> {picture: (file, its [height, width])}. A damaged file is said and removed, and so is what
+    a stopped write has left."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
+    for path in folder.iterdir():
+        if not path.suffix and time.time() - path.stat().st_mtime > 60:  # or another run is writing it
+            say(f"{path} was never completed: it is removed")
+            path.unlink()
     for path in folder.glob("*.safetensors"):
         with open(path, "rb") as file:
             whole = file_digest(file, sha256).hexdigest() == path.stem
@@ -41,6 +48,15 @@ def stored(folder):
             say(f"{path} is damaged: it is removed, and its features are computed again")
             path.unlink()
     return found
+
+
+def check_room(folder, size, count):
+    """ValueError if the disk has too little room for the features of `count` more pictures of about `size` bytes."""
+    need, free = size * count, files.free_bytes(folder)
+    if need > free:
+        raise ValueError(f"--cache_features {folder.parent}: {count:,} pictures of {files.gigabytes(size)} need about "
+                         f"{files.gigabytes(need)}, and {files.gigabytes(free)} are free; make room, or name a folder "
+                         "on another disk")
 
 
 class Features:
@@ -92,11 +108,17 @@ class Features:
                 key = self.keys[example.id]
                 tensors[key] = model.tower_features(example.pixel_values.to(device)).cpu().contiguous()
                 sizes[key] = json.dumps(example.image_sizes[0])
+                if len(tensors) == 1:  # the first of each file stands for all to come
+                    check_room(folder, tensors[key].nbytes, (len(names) - number + 1) * dist.get_world_size())
             if tensors and (number == len(names) or sum(x.nbytes for x in tensors.values()) > FILE_BYTES):
                 content = save(tensors, sizes)
                 path = folder / sha256(content).hexdigest()
-                path.write_bytes(content)
-                path.rename(path.with_suffix(".safetensors"))  # complete, or not there
+                try:
+                    path.write_bytes(content)
+                    path.rename(path.with_suffix(".safetensors"))  # complete, or not there
+                except OSError as error:
+                    path.unlink(missing_ok=True)
+                    raise OSError(f"{path} could not be written: {error}") from None
                 tensors, sizes = {}, {}
 
     def put(self, example):

@@ -52,6 +52,7 @@ FLAGS = {
         ("quant_type", ("nf4", "fp4"), "nf4", "what the 4 bits mean"),
         ("quant_also", str, "", "lm_head: quantise it, too, as the original does in training; mm_projector"),
         ("mpt_attn_impl", str, None, "without effect: there is one attention"),
+        ("sep_image_conv_front", bool, OFF, "not built yet"),
         ("image_token_len", int, None, "without effect: the tower decides how many tokens a picture takes"),
         ("cache_dir", str, None, "where hub downloads are kept"),
     ],
@@ -97,6 +98,7 @@ FLAGS = {
         ("fsdp", str, None, "the same in HF's words: full_shard or shard_grad_op, offload, auto_wrap"),
         ("fsdp_transformer_layer_cls_to_wrap", str, None, "without effect: every decoder layer is a unit"),
         ("fsdp_replicas", int, 1, "rows of ranks, nodes say, that share a model each (HSDP); 1: all share one"),
+        ("local_rank", int, None, "without effect: the launcher's environment says it, too"),
         ("ddp_timeout", int, 1800, "seconds after which a rank that waits for another one gives up"),
         ("gradient_checkpointing", bool, None, "compute activations again in backward; None: where memory is short"),
     ],
@@ -143,13 +145,16 @@ FLAGS = {
     ],
 }
 
-# Accepted by the original, not built yet: a value other than the one shown stops with a sentence.
-NOT_BUILT = {
-    "sep_image_conv_front": False,
-}
-
 POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
-            "save_steps", "model_max_length", "early_stopping_patience", "fsdp_replicas", "ddp_timeout")
+            "save_steps", "save_total_limit", "eval_steps", "model_max_length", "plan_tokens", "fsdp_replicas",
+            "early_stopping_patience", "ddp_timeout")
+LEAST = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(
+    ("dataloader_num_workers", "warmup_steps", "eval_generate", "skip_nonfinite", "seed"), 0)
+BELOW = {"adam_beta1": 1, "adam_beta2": 1, "warmup_ratio": 1, "num_train_epochs": 10**6, "seed": 2**63}
+NEEDS = {  # one of these -> what does nothing without any
+    ("eval_data_path",): ("evaluation_strategy", "eval_steps", "eval_generate"),
+    ("lora_enable",): ("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target", "use_rslora"),
+    ("unfreeze_mm_vision_tower", "lora_enable"): ("mm_vision_tower_lr",)}
 
 
 def parse(argv=None):
@@ -167,6 +172,7 @@ def parse(argv=None):
     records = defaults.pop("records_per_step", None)
     parser.set_defaults(**defaults, **{"gradient_accumulation_steps": None} if records else {})
     args = parser.parse_args(argv)
+    check(args, {name for name, value in vars(args).items() if value != parser.get_default(name)})
     if args.gradient_accumulation_steps is None:
         ranks = plan.devices_of(args)[0] if args.plan else int(os.environ.get("WORLD_SIZE", 1))
         at_once = args.per_device_train_batch_size * ranks
@@ -174,7 +180,6 @@ def parse(argv=None):
             raise ValueError(f"--recipe {args.recipe} takes {records} records per step, no multiple of {at_once} on "
                              f"{ranks} ranks; give --per_device_train_batch_size or --gradient_accumulation_steps")
         args.gradient_accumulation_steps = records // at_once
-    check(args)
     return args
 
 
@@ -202,31 +207,37 @@ def build_parser():
             else:
                 options = command.SWITCH if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
             shown = "" if default is None else f" (default {default})"
-            group.add_argument(f"--{name}", default=default, help=text.replace("%", "%%") + shown, **options)
-    for name, only in NOT_BUILT.items():
-        options = command.SWITCH if isinstance(only, bool) else {"type": type(only)}
-        parser.add_argument(f"--{name}", default=only, help="not built yet", **options)
+            names = [f"--{name}"] + ["--eval_strategy"] * (name == "evaluation_strategy")  # HF's newer name
+            group.add_argument(*names, default=default, help=text.replace("%", "%%") + shown, **options)
     return parser
 
 
-def check(args):
-    """Stop with one sentence at settings that contradict each other or are not built."""
-    for name, only in NOT_BUILT.items():
-        if getattr(args, name) != only and not args.plan:
-            raise ValueError(f"--{name} {getattr(args, name)} is not built yet; leave it out (it means {only})")
+def check(args, given):
+    """Stop with one sentence at settings that contradict each other or are not built. given: names of flags, of which
+    those that do nothing are said."""
+    rows = [row for group in FLAGS.values() for row in group]
+    for name, _, default, text in rows:
+        if text == "not built yet" and getattr(args, name) != default and not args.plan:
+            raise ValueError(f"--{name} {getattr(args, name)} is not built yet; leave it out (it means {default})")
     for name in ("model_name_or_path",) if args.plan else ("model_name_or_path", "data_path", "output_dir"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing; python train.py --help shows what it means")
     for name, value in vars(args).items():
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise ValueError(f"--{name} is {value}; expected a number from 0 on")
+        if value is not None and value < LEAST.get(name, value):
+            raise ValueError(f"--{name} {value} is too small; it is {LEAST[name]} or more")
+        if name in BELOW and value >= BELOW[name]:
+            raise ValueError(f"--{name} {value} is too large; it is less than {BELOW[name]:,}")
     if args.max_steps == 0 or args.max_steps < 0 and args.num_train_epochs == 0:
         raise ValueError("nothing to do with --max_steps 0, or --num_train_epochs 0; give one that is more")
     args.dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     if args.image_aspect_ratio == "anyres" and args.mm_patch_merge_type is None:
         args.mm_patch_merge_type = "spatial_unpad"  # as in LLaVA 1.6
-    idle = [f"--{name} is {text}" for rows in FLAGS.values() for name, _, default, text in rows
+    idle = [f"--{name} is {text}" for name, _, default, text in rows
             if text.startswith("without effect") and getattr(args, name) != default]
+    idle += [f"--{name} is without effect without --{needed[0]}" for needed, names in NEEDS.items() for name in names
+             if name in given and getattr(args, name) != "no" and not any(getattr(args, flag) for flag in needed)]
     if idle:
         command.say("; ".join(idle))
     args.conv_mode, warning = templates.of_version(args.version) if args.version else (None, None)
@@ -238,12 +249,6 @@ def check(args):
     args.report_to = list(trackers.STARTS) if "all" in names else sorted(names) or None
     if args.evaluation_strategy is None:
         args.evaluation_strategy = "steps" if args.eval_steps else "no"
-    for name in (*POSITIVE, "dataloader_num_workers"):
-        if getattr(args, name) is not None and getattr(args, name) < (least := int(name in POSITIVE)):
-            raise ValueError(f"--{name} {getattr(args, name)} is too small; it is {least} or more")
-    for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
-        if getattr(args, name) >= 1:
-            raise ValueError(f"--{name} {getattr(args, name)} is too large; it is less than 1")
     if args.output_dir and os.path.isfile(args.output_dir):
         raise ValueError(f"--output_dir {args.output_dir} is a file; name a folder")
     for one, other in (("bf16", "fp16"), ("tune_mm_mlp_adapter", "freeze_mm_mlp_adapter"),
@@ -290,4 +295,5 @@ def check_lora(args):
             raise ValueError(f"--{flag} {given:g} does not match {adapter}, which has {before[key]}; leave it out")
         if args.lora_enable:
             setattr(args, flag, before[key] if adapter or given is None else given)
-    lora.LoraConfig(1 if args.lora_r is None else args.lora_r, args.lora_alpha, args.lora_dropout)
+    if args.lora_enable:
+        lora.LoraConfig(args.lora_r, args.lora_alpha, args.lora_dropout)

@@ -230,7 +230,9 @@ def devices_of(args):
     if args.gpus:
         count, _, size = args.gpus.lower().rpartition("x")
         try:
-            return int(count or 1), command.file_size(size), True
+            if (count := int(count or 1)) < 1:
+                raise ValueError
+            return count, command.file_size(size), True
         except (ValueError, ArgumentTypeError):
             raise ValueError(f"--gpus {args.gpus}: expected how many of what size, like 8x80GB") from None
     world, local = int(os.environ.get("WORLD_SIZE", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -290,6 +292,8 @@ def show(args, model):
     """Print the plan of a command line. -> the exit status: 0 if it fits, 1 if not"""
     step, memory = step_of(args, model.config)
     count, why = len(step.lengths), ""
+    if step.devices % args.fsdp_replicas:
+        raise ValueError(f"--fsdp_replicas {args.fsdp_replicas} does not divide {step.devices} devices")
     if args.gradient_checkpointing is None and total(model, step) > memory:
         why, step = f" (without it {gigabytes(total(model, step))} GB)", replace(step, checkpointing=True)
     records, need = count * step.accumulate * step.devices, total(model, step)
@@ -300,6 +304,9 @@ def show(args, model):
     print("\n".join(f"{part:40s} {gigabytes(size):>8s}" for part, size in parts(model, step).items() if size))
     verdict = "it fits" if need <= memory else "it does not fit"
     print(f"{'together':40s} {gigabytes(need):>8s} of {gigabytes(memory)}: {verdict}")
+    if args.offload:
+        held = 16 * (corrections(model, step, LAYERS) + sum(p.numel() for p in learns(model, step).values()))
+        print(f"beside these, the machine's own memory holds {gigabytes(held)} GB for all devices: what is trained")
     if need > memory:
         print("\nwhat to change first, each upon the one before:\n" + "\n".join(advice(model, step, memory)))
     return int(need > memory)

@@ -67,6 +67,9 @@ ZERO["zero3_offload.json"] = {"zero_optimization": {"stage": 3, "offload_param":
                               "gradient_clipping": "auto"}
 FROM_ZERO = {"train_micro_batch_size_per_gpu": "per_device_train_batch_size", "gradient_clipping": "max_grad_norm",
              "gradient_accumulation_steps": "gradient_accumulation_steps"}
+KINDS = {"an object": dict, "a whole number": int, "a number": int | float}
+FORMS = dict.fromkeys(("zero_optimization", "offload_optimizer", "offload_param", "bf16", "fp16"), "an object") | {
+    **dict.fromkeys((*FROM_ZERO, "stage"), "a whole number"), "gradient_clipping": "a number"}
 
 
 def defaults(stage, recipe, model):
@@ -93,19 +96,25 @@ def sharding(deepspeed, fsdp):
     if words - set(known.split()):
         raise ValueError(f"--fsdp {fsdp!r} is not known; its words may be {known}")
     found = {"keep_gathered": "shard_grad_op" in words, "offload": "offload" in words}
-    if deepspeed and not path.exists() and path.name not in ZERO:
+    if deepspeed and not path.is_file() and path.name not in ZERO:
         raise ValueError(f"--deepspeed {path}: no such file; give a ZeRO file, or {', '.join(ZERO)}")
     if deepspeed:
-        values = {"gradient_clipping": 0.0} | (read_json(path) if path.exists() else ZERO[path.name])
-        zero = values.get("zero_optimization", {})
-        moved = [zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")]
-        found = {"keep_gathered": zero.get("stage", 0) < 3, "offload": moved != ["none", "none"]}
-        found |= {ours: values[key] for key, ours in FROM_ZERO.items() if values.get(key, "auto") != "auto"}
+        values = {"gradient_clipping": 0.0} | (read_json(path) if path.is_file() else ZERO[path.name])
+        values |= zero if isinstance(zero := values.get("zero_optimization"), dict) else {}
+        values = {key: value for key, value in values.items() if value not in (None, "auto")}
+        for key in FORMS.keys() & values.keys():
+            if not isinstance(values[key], KINDS[FORMS[key]]):
+                raise ValueError(f"--deepspeed {path}: {key} is {values[key]!r}; expected {FORMS[key]}")
+        stage, ignored = values.get("stage", 0), [key for key in ("optimizer", "scheduler") if key in values]
+        moved = [values.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")]
+        found = {"keep_gathered": stage < 3, "offload": moved != ["none", "none"]}
+        found |= {ours: values[key] for key, ours in FROM_ZERO.items() if key in values}
         found |= {kind: True for kind in ("bf16", "fp16") if values.get(kind, {}).get("enabled") is True}
     if deepspeed or fsdp:
-        say((f"--fsdp {fsdp}" if fsdp else f"--deepspeed {path}, stage {zero.get('stage', 0)}")
-            + " (the published settings: no such file is here)" * (not fsdp and not path.exists())
+        say((f"--fsdp {fsdp}" if fsdp else f"--deepspeed {path}, stage {stage}" + ", done as stage 2" * (stage < 2))
+            + " (the published settings: no such file is here)" * (not fsdp and not path.is_file())
             + ": FSDP2 divides gradients and AdamW's state; a layer's weights "
             + ("stay gathered till backward" if found["keep_gathered"] else "are gathered when it computes")
-            + "; all wait in the CPU's memory" * found["offload"])
+            + "; all wait in the CPU's memory" * found["offload"]
+            + (f"; not followed: its {' and '.join(ignored)}, the flags decide" if deepspeed and ignored else ""))
     return found
