@@ -86,7 +86,7 @@ def unfold(model, tensors):
     for name, module in quantised(model).items():
         kind, parts = module.kind, [tensors.pop(f"{name}.{part}", None) for part in ("codes", "absmax", "nested")]
         dtype, shape = str(module.dtype).removeprefix("torch."), module.shape
-        if not name.startswith("language_model.model.layers."):
+        if ".layers." not in name or name.startswith("vision_tower."):
             room = torch.empty(shape, dtype=module.dtype, device=parts[0].device)
             tensors[f"{name}.weight"] = room if room.is_meta else nf4.decode(kind, *parts, room)
             continue
