@@ -121,8 +121,7 @@ def build_model(args, device, mesh=None):
     parts are kept in the dtype of the computation, trained ones in float32."""
     def prepare(model):
         """What weights.load does with the model before its numbers are read. -> the adapters' first numbers"""
-        new = args.lora_enable and not lora.adapted(model)
-        drawn = lora.inject(model, args.lora_target, lora_config(args), args.seed) if new else {}
+        drawn = adapt(model, args)
         choose_trained(model, args)
         for p in model.parameters():
             if p.is_floating_point() and not p.requires_grad:
@@ -158,8 +157,7 @@ def build_model(args, device, mesh=None):
 
 def choose_trained(model, args):
     """Set requires_grad as the flags say. -> model"""
-    if args.lora_enable and not lora.adapted(model):  # which an adapter to go on from would have done
-        lora.inject(model, args.lora_target, lora_config(args), args.seed)
+    adapt(model, args)
     model.requires_grad_(False)
     llm, learned = model.language_model, [model.vision_tower] * args.unfreeze_mm_vision_tower
     whole = not any(name.startswith("mm_projector") for name in lora.adapted(model))
@@ -183,6 +181,13 @@ def choose_trained(model, args):
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing is left to train: the flags freeze every part (--tune_mm_mlp_adapter needs a tower)")
     return model
+
+
+def adapt(model, args):
+    """Give the model its adapters, unless one to go on from has done so. -> {name: first numbers} of new ones"""
+    if not args.lora_enable or lora.adapted(model):
+        return {}
+    return lora.inject(model, args.lora_target, lora_config(args), args.seed)
 
 
 def lora_config(args):
@@ -533,7 +538,7 @@ class Loop:
                  f"norm {row['grad_norm']:.3f}  lr {rates}  "
                  f"{row['learned_tokens']} learned of {row['tokens']} tokens  {row['tokens_per_second']:,.0f} tok/s  "
                  f"{1000 * row['seconds']:.0f} ms  {row['tflops']:.3g} TFLOP/s{share}  {row['memory_gb']:.2f} GB  "
-                 f"ETA {duration(left)}", flush=True)
+                 f"ETA {command.duration(left)}", flush=True)
 
     def write(self, row):
         if self.mesh.get_rank() == 0:
@@ -590,7 +595,8 @@ class Loop:
         state = f"stopped after step {self.step} of {self.total}" if self.stopped else f"{self.step} steps"
         if self.done and self.step < self.total:
             state += f" of {self.total}, since {self.best['since']} evaluations in a row were no better,"
-        self.say(f"{state} in {duration(time.perf_counter() - self.started)}; written to {self.args.output_dir}")
+        took = command.duration(time.perf_counter() - self.started)
+        self.say(f"{state} in {took}; written to {self.args.output_dir}")
 
     def write_model(self, tensors):
         """What `save` does on rank 0, and a note for a restart how far the run came (trainer_state.json, as HF's)."""
@@ -616,12 +622,6 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def duration(seconds):
-    """62 -> '1:02', 3725 -> '1:02:05'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
 if __name__ == "__main__":

@@ -575,6 +575,7 @@ def merge(adapter, out, base=None, onto=None, dtype=None, force=False, **how):
     new = {name: worn.adapter.modules.get(f"{name}.weight") for name in held.keys() | lora.adapted(model).keys()}
     tensors = {name: p for name, p in model.state_dict().items() if name.endswith("bias") or
                name.rpartition(".")[0] not in new}
+
     def merged(layer, pair):
         weight = getattr(layer, "linear", layer).weight.detach()
         if pair is None:

@@ -52,7 +52,7 @@ def race(stored, wanted, smoke, measure, unit, rounds=7):
         make(Path(folder, "model"), SMALL if smoke else LARGE, getattr(torch, stored))
         for _ in range(1 if smoke else rounds):
             for who in results:
-                results[who].append(child(who, Path(folder, "model"), wanted))
+                results[who].append(child("loading", who, Path(folder, "model"), wanted))
     if len({result["checksum"] for result in results["ours"] + results[PEER]}) > 1:
         raise ValueError("ours and transformers did not load the same numbers")
     ours, peer = (min(result[measure] for result in results[who]) for who in results)
@@ -71,9 +71,9 @@ def make(folder, config, dtype):
             "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": 1, "eos_token_id": 2}})
 
 
-def child(who, folder, dtype):
-    """Load in a new process -> {"seconds", "peak" (GB), "checksum"}."""
-    words = [sys.executable, "-m", "benches.loading", who, folder, dtype]
+def child(bench, who, *words):
+    """Run a file of benches/ in a new process, whose last line is JSON: what its `measured` says."""
+    words = [sys.executable, "-m", f"benches.{bench}", who, *words]
     ended = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     if ended.returncode:
         raise ValueError(f"{who} did not load: {ended.stderr.strip().splitlines()[-1]}")
@@ -81,7 +81,7 @@ def child(who, folder, dtype):
 
 
 def measured(who, folder, dtype):
-    """What the child does."""
+    """What the child does. -> {"seconds", "peak" (GB), "checksum"}"""
     if who == "ours":
         import weights
         run = weights.load

@@ -17,7 +17,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -76,23 +75,14 @@ def load_peak(smoke):
     """GB at most while 1.07 GB become NF4. error: of the first matrix."""
     with tempfile.TemporaryDirectory() as folder:
         loading.make(Path(folder, "model"), loading.SMALL if smoke else LAYERS, torch.bfloat16)
-        ours, theirs = (child(who, Path(folder, "model")) for who in ("ours", PEER))
+        ours, theirs = (loading.child("quantising", who, Path(folder, "model")) for who in ("ours", PEER))
     if ours["checksum"] != theirs["checksum"]:
         raise ValueError("ours and bitsandbytes did not make the same codes")
     return {"ours": ours["peak"], "peer": theirs["peak"], "peer_name": PEER, "unit": "GB", "error": 0.0}
 
 
-def child(who, folder):
-    """Load in a new process -> {"peak" (GB), "checksum"}."""
-    words = [sys.executable, "-m", "benches.quantising", who, folder]
-    ended = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    if ended.returncode:
-        raise ValueError(f"{who} did not load: {ended.stderr.strip().splitlines()[-1]}")
-    return json.loads(ended.stdout.splitlines()[-1])
-
-
 def measured(who, folder):
-    """What the child does."""
+    """What the child does. -> {"peak" (GB), "kept" (GB), "checksum"}"""
     if who == "ours":
         import weights
         before = loading.reset_peak()

@@ -18,7 +18,6 @@ both padding to a square; CPU seconds of one thread for 100 pictures, medians of
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import weights
+from benches import loading
 from data import Records
 from formats.records import read_records, write_records
 from vision import ImageProcessor, open_picture
@@ -53,7 +53,7 @@ def race(smoke, measure, unit):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "records.json")
         write_records(path, made(1000 if smoke else 300_000))
-        ours, peer = (child(who, path) for who in ("ours", "json.load"))
+        ours, peer = (loading.child("reading", who, path) for who in ("ours", "json.load"))
     if ours["checksum"] != peer["checksum"]:
         raise ValueError("ours and json.load did not read the same records")
     return {"ours": ours[measure], "peer": peer[measure], "peer_name": "json.load", "unit": unit, "error": 0.0}
@@ -85,7 +85,7 @@ def until_first_batch(count):
             shown(record, f"{i % 100}.jpg") for i, record in enumerate(made(count))))
         for i in range(100):
             Image.new("RGB", (64, 48), (i, 0, 0)).save(Path(folder, f"{i}.jpg"))
-        seconds = child("train.py", folder)["seconds"]
+        seconds = loading.child("reading", "train.py", folder)["seconds"]
     return {"ours": seconds, "peer": 60.0, "peer_name": "a minute", "unit": "s", "error": 0.0}
 
 
@@ -137,17 +137,8 @@ def photo(path):
     Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def child(who, path):
-    """Read in a new process -> {"seconds", "memory" (MB), "checksum"}."""
-    words = [sys.executable, "-m", "benches.reading", who, path]
-    ended = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    if ended.returncode:
-        raise ValueError(f"{who} did not read: {ended.stderr.strip().splitlines()[-1]}")
-    return json.loads(ended.stdout.splitlines()[-1])
-
-
 def measured(who, path):
-    """What the child does."""
+    """What the child does. -> {"seconds", "memory" (MB), "checksum"}"""
     if who == "train.py":
         return first_batch(path)
     began = time.perf_counter()

@@ -97,6 +97,12 @@ def file_size(text):
     return int(size)
 
 
+def duration(seconds):
+    """62 -> '1:02', 3725 -> '1:02:05'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
 class Progress:
     """A line on stderr about work that takes more than a second: `writing: 45 % of 13.48 GB, 310 MB/s, 0:24 left`.
     total: bytes or other things. On a terminal the line is renewed in place, in a log another comes every ten
@@ -113,7 +119,7 @@ class Progress:
         if now - self.began < 1 or (now - self.said < (0.2 if self.terminal else 10) and not last):
             return
         self.said, rate = now, self.done / (now - self.began)
-        left = round((self.total - self.done) / rate)
+        left = duration((self.total - self.done) / rate)
         total = f"{self.total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s" if self.of_bytes else f"{self.total:,}"
-        say(f"{self.label}: {100 * self.done / self.total:.0f} % of {total}, {left // 60}:{left % 60:02d} left",
+        say(f"{self.label}: {100 * self.done / self.total:.0f} % of {total}, {left} left",
             end="   \r" if self.terminal and not last else "\n")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from formats import command
+
 TEXTS = [
     "A chat between a curious user and an artificial intelligence assistant.",
     "The assistant gives helpful, detailed, and polite answers to the user's questions.",
@@ -20,6 +22,17 @@ TEXTS = [
 
 def pytest_configure():
     torch.set_num_threads(1)  # tiny models are faster on one thread, and several test processes share the machine
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """run_main(data, *arguments) -> (exit status, stdout, stderr) of `python data.py …`."""
+    def call(module, *arguments):
+        monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            command.run(module.main)
+        return end.value.code or 0, *capsys.readouterr()
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@ something stands already; wrong input is one sentence."""
 
 import json
 import shutil
-import sys
 import weakref
 
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 import weights
-from formats import command, delta, files, layouts
+from formats import delta, files, layouts
 from formats.inspection import inspect
 from weights import load, save, save_projector
 
@@ -24,15 +23,12 @@ NEW_ROWS = 3  # <im_patch>, <im_start>, <im_end>
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run_main):
     """run(*arguments) -> (exit status, stdout, stderr) of `python weights.py …`; a refusal has no traceback."""
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            command.run(weights.main)
-        out, err = capsys.readouterr()
+        code, out, err = run_main(weights, *arguments)
         assert "Traceback" not in err
-        return end.value.code or 0, out, err
+        return code, out, err
     return call
 
 

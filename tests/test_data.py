@@ -1,6 +1,7 @@
 """Data: the original's ids and labels for every recorded conversation, pictures in records, packing, and bad input."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 from PIL import Image
 
 import data
-from formats import command
 from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlamaConfig, LlavaConfig
 from tokenizer import Tokenizer
 from vision import ClipVisionConfig, ImageProcessor
@@ -315,14 +315,9 @@ def test_the_question_of_a_record(loaded, pictures):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run_main):
     """run(*arguments) of data.py -> (exit status, stdout, stderr)."""
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["data.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            command.run(data.main)
-        return (end.value.code or 0, *capsys.readouterr())
-    return run
+    return partial(run_main, data)
 
 
 def test_show(tiny_tokenizer, pictures, run):

@@ -23,7 +23,7 @@ import quant
 import sample
 import train
 import weights
-from benches import loading, quantising
+from benches import loading
 from formats import bitsandbytes, command, files, inspection
 from kernels import nf4
 from training import plan
@@ -284,7 +284,7 @@ def test_loading_takes_what_stays_and_one_matrix(bnb, tmp_path):
     """Of 154 MB in bfloat16, mapped pages included; 24 MB for a million weights at work and what Python needs."""
     shape = loading.LARGE | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "vocab_size": 2000}
     loading.make(tmp_path / "model", shape, torch.bfloat16)
-    found = quantising.child("ours", tmp_path / "model")
+    found = loading.child("quantising", "ours", tmp_path / "model")
     largest = 2 * 1024 * 4096 / 1e9
     assert found["kept"] < 0.046 and found["peak"] < found["kept"] + largest + 0.024
 

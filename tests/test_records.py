@@ -1,26 +1,21 @@
 """Other data sets into LLaVA's JSON: deterministic, every picture shown, unknown layouts refused; the output checks."""
 
 import json
+from functools import partial
 
 import pytest
 from PIL import Image
 
 import data
-from formats import command
 from formats.records import ASKED, SAID
 
 SHORT = "\nAnswer the question using a single word or phrase."
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run_main):
     """run(*arguments) of data.py -> (exit status, stdout, stderr)."""
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["data.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            command.run(data.main)
-        return (end.value.code or 0, *capsys.readouterr())
-    return run
+    return partial(run_main, data)
 
 
 @pytest.fixture

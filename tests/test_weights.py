@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import weights
-from formats import command, files, layouts, processor
+from formats import files, layouts, processor
 from model import IMAGE_TOKEN_INDEX
 from weights import load, save, save_projector
 
@@ -496,14 +496,9 @@ def test_broken_folders(tiny_llama, copy_of, tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run_main):
     """run(*arguments) -> (exit status, stdout, stderr) of `python weights.py …`."""
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            command.run(weights.main)
-        return end.value.code or 0, *capsys.readouterr()
-    return call
+    return partial(run_main, weights)
 
 
 def test_inspect(run, tiny_llava, tiny_clip, tmp_path):

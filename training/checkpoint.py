@@ -32,15 +32,15 @@ from formats import files
 from formats.command import say
 
 # Flags that may change between a run and its resumption: where, how often and how fast, never what is computed. Ranks
-# and accumulation may change together; `facts` of `differences` has their product.
+# and accumulation may change together; `facts` of `compare` has their product.
 FREE = {
     "output_dir", "overwrite_output_dir", "resume", "resume_anyway", "save_strategy", "save_steps", "save_total_limit",
     "save_projector_only", "max_shard_size", "skip_nonfinite", "gradient_accumulation_steps", "gradient_checkpointing",
     "dataloader_num_workers", "logging_steps", "log_samples", "verbose", "report_to", "run_name", "debug", "cache_dir",
     "stage", "recipe", "model", "conv_mode", "deepspeed", "fsdp", "keep_gathered", "offload", "evaluation_strategy",
-    "lora_shard_base", "force", "local_rank",
-    "fsdp_replicas", "ddp_timeout", "plan", "gpus", "plan_tokens", "per_device_eval_batch_size", "eval_data_path",
-    "eval_steps", "eval_generate", "eval_pictures", "cache_features", "plot", "out"}
+    "lora_shard_base", "force", "local_rank", "fsdp_replicas", "ddp_timeout", "plan", "gpus", "plan_tokens",
+    "per_device_eval_batch_size", "eval_data_path", "eval_steps", "eval_generate", "eval_pictures", "cache_features",
+    "plot", "out"}
 STATE = {"step": int, "epoch": int, "records": int, "skipped": int, "owed": bool, "scaler": dict, "facts": dict,
          "args": dict, "random": list, "files": dict}  # what state.json must have, to be gone on from
 NUMBERED = re.compile(r"checkpoint-(\d+)")
@@ -101,7 +101,7 @@ def find(args):
         folder = None
     else:
         folder = newest(out)
-        state = files.read_json(out / "trainer_state.json") if (out / "trainer_state.json").exists() else {}
+        state = files.read_json(out / "trainer_state.json", missing={})
         done = state.get("global_step", 0) if state.get("global_step") == state.get("max_steps") else 0
     if done or folder:
         before = files.read_json(out / "training_args.json") if done else read_state(folder)["args"]
