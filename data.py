@@ -17,6 +17,10 @@ What a record holds that it should not is never passed over: it stops the run, o
 Legend: n sequences, T tokens of all of them, P pictures, N places of one picture, S pixels of a view's side.
 """
 
+if __name__ == "__main__":  # Ctrl-C may end the imports, which take seconds, but without a traceback
+    import sys
+    sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or sys.__excepthook__(kind, *error)
+
 import hashlib
 import json
 import os
@@ -42,7 +46,7 @@ from formats.strict_labels import loses_count, strict_labels
 from formats.templates import CHAT, EMPTY_ANSWER, START_END, TEMPLATES
 from formats.vocabulary import missing_tokens
 from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig
-from tokenizer import IMAGE_TAG, Tokenizer
+from tokenizer import IMAGE_TAG, Tokenizer, check_text
 from vision import open_picture
 
 MENDED = "the original would lose count of its tokens and learn nothing of it; here its answers are learned"
@@ -56,10 +60,9 @@ MASKED = "tokenization mismatch: nothing is learned from it, as in the original"
 
 @dataclass
 class Example:
-    """One record, rendered. ids, labels: with one -200 per picture; learned: the stretches of the prompt that carry
-    labels; spans: each token's characters in the prompt; pictures: a file per -200; notes: what was odd about the
-    record; pixel_values: (views, 3, S, S) float32 and image_sizes: a (height, width) per picture, once they are loaded;
-    replaces: ids of the records with broken pictures in whose place it stands."""
+    """One record, rendered. ids, labels: with one -200 per picture; learned: stretches of the prompt that carry labels;
+    spans: each token's characters; pictures: a file per -200; notes: what was odd; pixel_values: (views, 3, S, S)
+    float32, image_sizes: (height, width) of each; replaces: ids of records with broken pictures."""
 
     id: str
     ids: list
@@ -100,11 +103,9 @@ class Batch:
 
 
 def messages_of(record):
-    """A record -> (messages [(role, text)], pictures, notes), its pictures and tags in the original's order.
-
-    image, a string: each message with <image> has one, moved to its front (LLAVA.md 4.3), and all show this picture;
-    pictures is that string. image, a list: nothing is moved; the k-th tag shows the k-th picture. No image: an <image>
-    is mere text, pictures is None. ValueError for what is no conversation."""
+    """A record -> (messages [(role, text)], pictures, notes), in the original's order. image, a string: each message
+    with <image> has one, moved to its front (LLAVA.md 4.3), and all show this picture. A list: nothing is moved; the
+    k-th tag shows the k-th picture. None: an <image> is mere text. ValueError for what is no conversation."""
     turns, image, notes = record.get("conversations"), record.get("image"), []
     if not isinstance(turns, list) or not turns:
         raise ValueError('no conversations: expected "conversations": [{"from": "human" or "gpt", "value": text}, …]')
@@ -112,6 +113,8 @@ def messages_of(record):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise ValueError(f"turn without text: turn {number} is {str(turn)[:60]}; expected from and value")
     messages = [(turn.get("from"), turn["value"]) for turn in turns]
+    for _, text in messages:
+        check_text(text)
     tags = sum(text.count(IMAGE_TAG) for _, text in messages)
     if not isinstance(image, str | None) and not (isinstance(image, list) and all(isinstance(x, str) for x in image)):
         raise ValueError(f"image is no file name: {str(image)[:60]}; expected a string or a list of strings")
@@ -127,8 +130,7 @@ def messages_of(record):
 
 
 def compose(record, conv_mode, tokenizer, mm_use_im_start_end=False, strict=False):
-    """A record -> (Rendered, pictures, notes); pictures: a file per <image> of the prompt, or None for a text-only
-    record, where an <image> is mere text. strict: as the original, also where that loses the record."""
+    """A record -> (Rendered, pictures: a file per <image>, or None of text only, notes). strict: as the original."""
     messages, image, notes = messages_of(record)
     if image is not None:
         if mm_use_im_start_end and None in map(tokenizer.token_to_id, START_END):
@@ -148,12 +150,9 @@ def compose(record, conv_mode, tokenizer, mm_use_im_start_end=False, strict=Fals
 
 
 def encode_prompt(prompt, tokenizer, bos=True, strict=False, shows=True):
-    """A prompt with <image> tags -> (ids, spans), one -200 per tag (LLAVA.md 2.3).
-
-    The text between tags is encoded piece by piece, as if each were a text of its own: with SentencePiece the text
-    after a picture begins with another space. Only the whole has a BOS. strict: where the text itself begins with the
-    BOS (ChatML, <|im_start|>), lose the first token behind each picture, as the original does. shows: False where there
-    are no pictures, and a tag is mere text."""
+    """A prompt with <image> tags -> (ids, spans), one -200 per tag (LLAVA.md 2.3): what stands between tags is encoded
+    as a text of its own, which with SentencePiece begins with another space. strict: where the text begins with the BOS
+    (ChatML), lose the first token behind each picture, as the original does. shows: False: a tag is mere text."""
     ids, spans, place = [], [], 0
     for piece in prompt.split(IMAGE_TAG) if shows else [prompt]:
         if place:
@@ -170,10 +169,9 @@ def encode_prompt(prompt, tokenizer, bos=True, strict=False, shows=True):
 def render_record(record, tokenizer, conv_mode, mm_use_im_start_end=False, model_max_length=None, strict=False):
     """A record -> Example without pixels: prompt, ids and labels as training sees them before batches are made.
 
-    A token is learned if its characters lie within a learned stretch of the prompt; so labels hold whatever the text
-    says. strict: count tokens as the original does, which drops a whole sample whose counts disagree (LLAVA.md 2.6). A
-    text-only record is cut at model_max_length here, one with pictures when it is packed. ValueError: what is wrong,
-    without the record's name."""
+    A token is learned if its characters lie within a learned stretch of the prompt. strict: count tokens as the
+    original does, which drops a whole sample whose counts disagree (LLAVA.md 2.6). A text-only record is cut at
+    model_max_length here, one with pictures when it is packed. ValueError: what is wrong, without the record's name."""
     conv_mode = templates.canonical(conv_mode)
     strict = strict and conv_mode != CHAT  # which the original does not know
     rendered, pictures, notes = compose(record, conv_mode, tokenizer, mm_use_im_start_end, strict)
@@ -302,20 +300,26 @@ class Records:
         self.skip, self.replace, self.strict = on_bad_record == "skip", on_bad_image == "skip", strict_labels
         self.load = partial(load_pictures, image_processor=self.image_processor, image_folder=self.image_folder,
                             aspect=self.config.image_aspect_ratio)  # or what training/features.py has of them
-        self.notes, self.words = {}, []  # what was odd -> the records' ids, in order; each record's length in words
+        self.notes, self.words = {}, []  # what was odd -> records' ids, in order; words, below 0 without a picture
         every, good = read_records(paths, seed), []
         line = command.Progress("reading records", len(every), of_bytes=False)
         for i, record in enumerate(every):
             line.advance(1)
             try:
-                self.examine(record)
+                rendered, pictures, notes = compose(
+                    record, self.conv_mode, self.tokenizer, self.config.mm_use_im_start_end, strict_labels)
+                check_record(rendered.learned, None if self.replace else pictures, notes, self.image_folder)
+                if pictures:
+                    check_tower(self.image_processor)
                 good.append(i)
-                self.words.append(words_of(record))  # now that it is parsed
+                words = sum(len(turn["value"].split()) for turn in record["conversations"])
+                self.words.append(words if "image" in record else -words)
+                self.note((note, record["id"]) for note in notes)
             except ValueError as error:
                 if not self.skip:
                     path = every.datasets[bisect_right(every.cumulative_sizes, i)].path
                     raise ValueError(f"{path}: record {record['id']!r}: {error}") from None
-                self.note("left out, " + str(error).split(":")[0], record["id"])
+                self.note([("left out, " + str(error).split(":")[0], record["id"])])
         if not good:
             raise ValueError(f"{paths}: every record was left out; `python data.py check` lists the reasons")
         self.records = Subset(every, np.array(good))  # a sequence that reads and parses what is asked for
@@ -343,19 +347,10 @@ class Records:
         """Examples -> Batch, cut at model_max_length."""
         return pack(examples, self.config, self.model_max_length)
 
-    def examine(self, record):
-        """Note what is odd about a record; ValueError if nothing can be learned from it or its picture is missing."""
-        rendered, pictures, notes = compose(
-            record, self.conv_mode, self.tokenizer, self.config.mm_use_im_start_end, self.strict)
-        check_record(rendered.learned, None if self.replace else pictures, notes, self.image_folder)
-        if pictures:
-            check_tower(self.image_processor)
-        for note in notes:
-            self.note(note, record["id"])
-
-    def note(self, what, record_id):
-        """Count an oddity."""
-        self.notes.setdefault(what, {})[str(record_id)] = None
+    def note(self, notes):
+        """Count oddities, (what, record id)."""
+        for what, record_id in notes:
+            self.notes.setdefault(what, {})[str(record_id)] = None
 
     def report(self):
         """What was odd, one line each with the first records' ids; empty if all was well."""
@@ -363,8 +358,7 @@ class Records:
                          for what, ids in self.notes.items())
 
     def question(self, i):
-        """The i-th record's last question, to be asked: id, kind, messages [(role, text)] that end with it, images, the
-        recorded answer; None if all its answers are empty."""
+        """The i-th record's last question, to be asked, as it has an answer; None if all its answers are empty."""
         record = self.records[i]
         messages, image, _ = messages_of(record)
         messages = messages[messages[0][0] == "gpt":]
@@ -376,12 +370,6 @@ class Records:
         return SimpleNamespace(
             id=str(record["id"]), kind=record.get("kind"), messages=messages[:last], answer=messages[last][1],
             images=[os.path.join(self.image_folder, name) for name in images])
-
-
-def words_of(record):
-    """A record's length as grouping counts it: its words, below 0 without a picture."""
-    words = sum(len(turn["value"].split()) for turn in record["conversations"])
-    return words if "image" in record else -words
 
 
 def check_record(learned, pictures, notes, image_folder):
@@ -475,8 +463,7 @@ def show(args):
 
 
 def portrait(example, places, colour):
-    """An example for a reader: its prompt with the learned tokens green (without colour: between brackets). places: of
-    its pictures, None where they are not known."""
+    """Its prompt for a reader, learned tokens green (without colour: in brackets). places: of its pictures, or None."""
     on, off = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
     learned = [label != IGNORE_INDEX for label in example.labels]
     text, place, inside = "", 0, False
@@ -493,8 +480,7 @@ def portrait(example, places, colour):
 
 
 def inspect_record(record, model, image_folder, strict):
-    """What `check` finds -> (record id, error or None, notes, tokens, whether anything is learned, a fingerprint of
-    picture and text). model: as from `read_model`."""
+    """What `check` finds -> (record id, error or None, notes, tokens, whether any is learned, its content's hash)."""
     tokenizer, conv_mode, config = model
     limit, content = config.tokenizer_model_max_length, json.dumps([record.get("image"), record.get("conversations")])
     name, content = str(record["id"]), hashlib.blake2b(content.encode(), digest_size=16).digest()
@@ -503,24 +489,19 @@ def inspect_record(record, model, image_folder, strict):
         check_record(example.learned, example.pictures, example.notes, image_folder)
     except ValueError as error:
         return name, str(error).split(":")[0], [], 0, False, content
-    broken, odd = None, set()
+    broken, odd = None, []
     try:
         places = places_of(example, config, image_folder)
-        odd.update(*(oddities(os.path.join(image_folder, picture)) for picture in example.pictures))
+        for path in (os.path.join(image_folder, name) for name in example.pictures):
+            with Image.open(path) as picture:
+                kind = "JPEG" if picture.format == "MPO" else picture.format  # a JPEG with a second picture in it
+                odd += [DEEP] * (picture.mode[0] in "IF")  # I;16, I: integers of 16 and 32 bits; F: floats
+            odd += [SUFFIX] * (Image.registered_extensions().get(Path(path).suffix.lower(), kind) != kind)
     except ValueError:
         broken, places = "broken picture", [config.image_tokens or 1] * len(example.pictures)
     _, labels, _, cut = widen(example.ids, example.labels, places, limit)
     length, learns = len(example.ids) + sum(places) - len(places), any(label != IGNORE_INDEX for label in labels)
-    return name, broken, [*example.notes, *sorted(odd), *cut], length, learns, content
-
-
-def oddities(path):
-    """What is odd about a picture file that can be read -> notes."""
-    with Image.open(path) as picture:
-        found = "JPEG" if picture.format == "MPO" else picture.format  # a camera's JPEG with a second picture in it
-        deep = picture.mode[0] in "IF"  # I;16, I: integers of 16 and 32 bits; F: floats
-    named = Image.registered_extensions().get(Path(path).suffix.lower(), found)
-    return [SUFFIX] * (named != found) + [DEEP] * deep
+    return name, broken, [*example.notes, *sorted({*odd}), *cut], length, learns, content
 
 
 def check(args):
@@ -544,26 +525,22 @@ def check(args):
         if error:
             errors.setdefault(error, []).append(name)
         seen |= {name, content}
-    report = {"records": len(records), "conv_mode": conv_mode, "errors": errors, "notes": notes,
-              "tokens_up_to": dict(sorted(lengths.items())), "clean": len(clean)}
-    print(json.dumps(report) if args.json else check_report(report, config))
+    if args.json:
+        print(json.dumps({"records": len(records), "conv_mode": conv_mode, "errors": errors, "notes": notes,
+                          "tokens_up_to": dict(sorted(lengths.items())), "clean": len(clean)}))
+    else:
+        each = f"{config.image_tokens or 1} tokens per {'view' if config.image_aspect_ratio == 'anyres' else 'picture'}"
+        print(f"{len(records)} records, template {conv_mode}, {each}")
+        for title, found in (("ERROR", errors), ("note", notes)):
+            for what, ids in sorted(found.items(), key=lambda item: -len(item[1])):
+                print(f"{title:5s} {len(ids):>7,}  {what} ({', '.join(ids[:5])}{', …' if len(ids) > 5 else ''})")
+        print(f"{len(clean)} can be learned from, each counted once\ntokens per record:")
+        for size, n in sorted(lengths.items()):
+            print(f"  up to {size:>6,} {n:>8,}  {'█' * -(-40 * n // max(lengths.values()))}")
     if args.fix:
         write_records(args.fix, (add_tag(records[i]) for i in clean))
         print(f"{len(clean)} records written to {args.fix}", file=sys.stderr)
     return 1 if errors else 0
-
-
-def check_report(report, config):
-    """The report of `check` as text."""
-    tokens = f"{config.image_tokens or 1} tokens per {'view' if config.image_aspect_ratio == 'anyres' else 'picture'}"
-    lines = [f"{report['records']} records, template {report['conv_mode']}, {tokens}"]
-    for title, found in (("ERROR", report["errors"]), ("note", report["notes"])):
-        for what, ids in sorted(found.items(), key=lambda item: -len(item[1])):
-            lines.append(f"{title:5s} {len(ids):>7,}  {what} ({', '.join(ids[:5])}{', …' if len(ids) > 5 else ''})")
-    lines += [f"{report['clean']} can be learned from, each counted once", "tokens per record:"]
-    most = max(report["tokens_up_to"].values(), default=1)
-    lines += [f"  up to {size:>6,} {n:>8,}  {'█' * -(-40 * n // most)}" for size, n in report["tokens_up_to"].items()]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

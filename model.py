@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 import vision
 from kernels.attention import Packing, attend_to_cache, attention
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.elementwise import add_rms_norm, rms_norm, rotate, swiglu
+from kernels.elementwise import add_rms_norm, rms_norm, rotate, rotate_into, swiglu
+from kernels.linear import together
 from projector import build_projector
 from vision import NEWLINE, ClipVision, ClipVisionConfig
 
@@ -199,15 +200,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
 
     def forward(self, x, rotary, packing, cache=None):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in together(x, self.q_proj, self.k_proj, self.v_proj))
+        if cache is not None and not cache.fresh:
+            return self.o_proj(cache.attend(self.layer, q, k, v, rotary).flatten(1))
         q, k = rotate(q, k, *rotary)  # (T, H, K), (T, H/G, K)
         if cache is not None:
             cache.write(self.layer, k, v)
-        if cache is not None and cache.decoding:
-            out = attend_to_cache(q, *cache.read(self.layer), cache.lengths)
-        else:
-            out = attention(q, k, v, packing, causal=True)
-        return self.o_proj(out.flatten(1))  # (T, D)
+        return self.o_proj(attention(q, k, v, packing, causal=True).flatten(1))  # (T, D)
 
 
 class Mlp(nn.Module):
@@ -220,7 +219,7 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*together(x, self.gate_proj, self.up_proj)))
 
 
 class DecoderLayer(nn.Module):
@@ -272,34 +271,106 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
 
+class Stretch:
+    """The cells of one sequence in a Cache: `size` of them from `start` on, of which the first `length` are written.
+    (No dataclass: FSDP copies those when a method gets one, and the lengths would grow in the copies.)"""
+
+    def __init__(self, start, size):
+        self.start, self.size, self.length = start, size, 0
+
+
 class Cache:
-    """Keys and values of what B sequences have read so far, in buffers of a fixed capacity (cells per sequence)."""
+    """Keys and values of what sequences have read: one pool of cells, in which each sequence has a stretch of its own.
 
-    def __init__(self, config, batch, capacity, dtype, device):
-        shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.decoding = False  # False: whole prompts arrive; True: one row per sequence
+    Sequences of any lengths lie side by side, without padding. One that outgrows its stretch moves to one of twice the
+    size, so that less than half of it is ever empty; a pool without room doubles. device: or a list, one of each layer.
+    """
 
-    def begin(self, packing):
-        """Announce the rows that every layer will write next: after a sequence's past, in the packing's order."""
-        self.decoding = bool(self.lengths.any())
-        assert not self.decoding or packing.max_seqlen == 1
-        self.cells = packing.sequence, self.lengths[packing.sequence] + packing.position
-        self.lengths = self.lengths + packing.cu_seqlens.diff()
-        self.longest = int(self.lengths.max())
+    def __init__(self, config, dtype, device, cells=0):
+        devices = device if isinstance(device, list) else [device] * config.num_hidden_layers
+        shape = cells, config.num_key_value_heads, config.head_dim
+        self.keys, self.values = ([torch.empty(shape, dtype=dtype, device=device) for device in devices]
+                                  for _ in range(2))
+        self.stretches = []
+
+    def open(self, cells):
+        """So many cells for a new sequence -> Stretch"""
+        self.stretches.append(Stretch(self._gap(cells), cells))
+        return self.stretches[-1]
+
+    def close(self, stretch):
+        """Forget a sequence."""
+        self.stretches = [other for other in self.stretches if other is not stretch]
+
+    def copy(self, stretch):
+        """A second sequence that has read the same -> Stretch"""
+        twin = self.open(stretch.size)
+        self._carry(stretch, twin.start)
+        twin.length = stretch.length
+        return twin
+
+    def _gap(self, cells):
+        """Where the first gap of so many cells begins. If there is none, the stretches move together, or the pool
+        grows."""
+        begin, size, stretches = 0, len(self.keys[0]), sorted(self.stretches, key=lambda stretch: stretch.start)
+        for other in stretches:
+            if other.start - begin >= cells:
+                return begin
+            begin = other.start + other.size
+        if begin + cells > size >= sum(other.size for other in stretches) + cells:
+            begin = 0
+            for other in stretches:
+                self._carry(other, begin)
+                other.start, begin = begin, begin + other.size
+        if begin + cells > size:
+            more = max(begin + cells, 2 * size) - size
+            for pool in (self.keys, self.values):
+                for layer, x in enumerate(pool):
+                    pool[layer] = torch.cat([x, x.new_empty(more, *x.shape[1:])])
+        return begin
+
+    def _carry(self, stretch, start):
+        """Copy what a stretch holds to the cells from `start` on."""
+        for x in (*self.keys, *self.values):
+            x[start: start + stretch.length] = x[stretch.start: stretch.start + stretch.length].clone()
+
+    def fit(self, stretch, length):
+        """Give a stretch room for `length` cells in all."""
+        if length > stretch.size:
+            size = max(length, 2 * stretch.size)
+            start = self._gap(size)
+            self._carry(stretch, start)
+            stretch.start, stretch.size = start, size
+
+    def begin(self, packing, stretches):
+        """Announce the rows that every layer will write next: sequence i of the packing continues stretches[i]."""
+        for stretch, count in zip(stretches, packing.lengths, strict=True):
+            self.fit(stretch, stretch.length + count)
+        places = torch.tensor([[s.start, s.length] for s in stretches], device=packing.cu_seqlens.device)
+        starts, past = places[packing.sequence].unbind(1)  # (T,) both
+        lengths = past + packing.position + 1  # how many cells each new row may look at
+        fresh = not any(s.length for s in stretches)  # then nothing needs to be read from here
+        for stretch, count in zip(stretches, packing.lengths):
+            stretch.length += count
+        self.announce(starts, lengths, starts + lengths - 1, max(s.length for s in stretches), fresh)
+
+    def announce(self, starts, lengths, cells, longest, fresh=False):
+        """Of each row that every layer will write next, (T,): the first cell of its sequence, how many it may look at,
+        and where it is written itself. longest: the largest of the lengths, or more; fresh: nothing is read here."""
+        self.tables = {device: tuple(x.to(device) for x in (starts, lengths, cells))
+                       for device in {x.device for x in self.keys}}
+        self.longest, self.fresh = longest, fresh
 
     def write(self, layer, k, v):
         """k, v (T, H/G, K) of the rows announced."""
-        self.keys[layer][self.cells], self.values[layer][self.cells] = k, v
+        *_, cells = self.tables[k.device]
+        self.keys[layer][cells], self.values[layer][cells] = k, v
 
-    def read(self, layer):
-        """Keys and values (B, L, H/G, K) up to the longest sequence."""
-        return self.keys[layer, :, : self.longest], self.values[layer, :, : self.longest]
-
-    def keep(self, rows):
-        """Forget all sequences but `rows` (a list): the others have ended."""
-        self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+    def attend(self, layer, q, k, v, rotary):
+        """The rows announced, not turned yet, are written, and look at what their sequences have read. -> (T, H, K)"""
+        (starts, lengths, cells), keys, values = self.tables[q.device], self.keys[layer], self.values[layer]
+        q = rotate_into(q, k, v, *rotary, keys, values, cells)
+        return attend_to_cache(q, keys, values, starts, lengths, self.longest)
 
 
 # -------------------------------------------------------------------------------------------------------------- LLaVA
@@ -373,20 +444,20 @@ class Llava(nn.Module):
             x = x + 0 * (seen if self.image_newline is None else seen + self.image_newline.sum())
         return x
 
-    def hidden(self, batch, cache=None):
-        """-> (T, D) after the final norm. With a cache, the batch continues what it holds."""
+    def hidden(self, batch, cache=None, stretches=None):
+        """-> (T, D) after the final norm. With a cache, sequence i of the batch continues stretches[i]."""
         packing = Packing(batch.cu_seqlens)
         if cache is not None:
-            cache.begin(packing)
+            cache.begin(packing, stretches)
         return self.language_model.model(self.embed(batch), batch.position_ids, packing, cache)
 
-    def logits(self, batch):
+    def logits(self, batch, cache=None, stretches=None):
         """Scores of every next word, (T, V) float32."""
-        return self.language_model.lm_head(self.hidden(batch)).float()
+        return self.language_model.lm_head(self.hidden(batch, cache, stretches)).float()
 
-    def last_logits(self, batch, cache):
-        """Scores after the last row of each sequence, (B, V) float32: all that generation needs."""
-        last = self.hidden(batch, cache)[batch.cu_seqlens[1:].long() - 1]
+    def last_logits(self, batch, cache=None, stretches=None):
+        """Scores after the last row of each sequence, (B, V) float32: all that generation needs of a prompt."""
+        last = self.hidden(batch, cache, stretches)[batch.cu_seqlens[1:].long() - 1]
         return self.language_model.lm_head(last).float()
 
     def loss(self, batch):

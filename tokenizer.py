@@ -39,11 +39,9 @@ codecs.register_error("replace_each", lambda error: ("\ufffd" * (error.end - err
 
 
 class Tokenizer:
-    """Encodes and decodes as the original does.
-
-    bos_token_id, eos_token_id, unk_token_id, pad_token_id, …: int, or None where the folder names no such token;
-    special_tokens: {"bos_token": "<s>", …}; special_ids: what decode() leaves out; adds_bos: whether encode() puts a
-    BOS in front; legacy: see the head of this file; chat_template: Jinja text or None."""
+    """Encodes and decodes as the original does. bos_token_id, eos_token_id, …: int, or None where the folder names no
+    such token; special_tokens: {"bos_token": "<s>", …}; special_ids: what decode() leaves out; adds_bos: whether
+    encode() puts a BOS in front; legacy: see the head of this file; chat_template: Jinja text or None."""
 
     def __init__(self, spec, config, files):
         """Made by `from_folder`, which then adds tokens. spec: tokenizer.json with every added token; config:
@@ -53,8 +51,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder, extra_tokens=()):
-        """Read a folder's tokenizer files; extra_tokens are added, see `add_tokens`. ValueError names the file that is
-        missing, broken, of a kind not known here, or contradicts another."""
+        """Read a folder's tokenizer files; extra_tokens: for `add_tokens`. ValueError: missing, broken, unlike."""
         folder = Path(folder)
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         read = {name: _read_json(folder / name, data) for name, data in files.items() if name.endswith(".json")}
@@ -81,9 +78,8 @@ class Tokenizer:
         return tokenizer
 
     def add_tokens(self, tokens):
-        """Give tokens that the tokenizer does not have the next ids, in this order -> how many those are. So
-        `<im_patch>`, `<im_start>` and `<im_end>` get the original's ids (LLAVA.md 1.4). `[PAD]` becomes the padding
-        token of a tokenizer that has none."""
+        """Give tokens that the tokenizer does not have the next ids, in this order, the original's for `<im_patch>` and
+        the like (LLAVA.md 1.4) -> how many those are. `[PAD]` becomes the padding token of a tokenizer without one."""
         spec, config = self.spec, self.config
         if PAD in tokens:
             config.setdefault("pad_token", PAD)
@@ -172,13 +168,8 @@ class Tokenizer:
 
     def encode_with_spans(self, text, bos=True):
         """Text -> (ids, spans), spans[i] = (start, end) of token i in the text. The BOS and a dummy prefix that is a
-        token by itself have an empty span; the bytes that spell one character all have that character's. ValueError for
-        half a surrogate pair, which is no character."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text with half a surrogate pair: character {error.start} is {text[error.start]!r}, "
-                             "which UTF-8 cannot hold; repair the file that it comes from") from None
+        token by itself have an empty span; the bytes that spell one character all have that character's."""
+        check_text(text)
         if not self._is_llama:
             encoding = self._library.encode(text, add_special_tokens=bos)
             return encoding.ids, encoding.offsets
@@ -216,10 +207,18 @@ class Tokenizer:
         return text.decode("utf-8", "replace_each").removeprefix(" ")
 
 
+def check_text(text):
+    """ValueError for half a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text with half a surrogate pair: character {error.start} is {text[error.start]!r}, "
+                         "which UTF-8 cannot hold; repair the file that it comes from") from None
+
+
 class TextStream:
-    """Text of ids that arrive one at a time: push() returns what is new and complete, never half a character. Each step
-    decodes only a few ids: those of the last piece of text given out, as context (a leading space is dropped only at
-    the very beginning), and those behind it."""
+    """Text of ids that arrive one at a time: push() returns what is new and complete, never half a character. A step
+    decodes the ids of the last text given out, as context (a leading space goes only at the beginning), and new."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.context, self.fresh = tokenizer, [], []
@@ -325,10 +324,9 @@ def read_sentencepiece(data, path):
     """The bytes of SentencePiece's tokenizer.model -> the same tokenizer as a dict in tokenizer.json's format.
 
     SentencePiece gives every piece a score. Of all neighbours that would form a piece it joins those with the best
-    score, the leftmost of equals, and so on. The library has a list of pairs instead and joins what is listed first; so
-    each way to cut a piece in two is listed, by score. Equal scores occur among Meta's pieces of nothing but spaces:
-    there, the leftmost pair is the one with the longest left part. (Digits stay single because no piece has two.)
-    ValueError, naming path, for a broken file and for what LLaMA's tokenizers do not do."""
+    score, the leftmost of equals, and so on. The library joins what stands first in a list of pairs; so each way to cut
+    a piece in two is listed, by score. Equal scores occur among Meta's pieces of nothing but spaces: there, the
+    leftmost pair has the longest left part. ValueError: a broken file, or what LLaMA's tokenizers do not do."""
     pieces, trainer, normalizer = _parse_sentencepiece(data, path)
     vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
     kinds = [kind for _, _, kind in pieces]
@@ -364,7 +362,6 @@ def read_sentencepiece(data, path):
 
 def _parse_sentencepiece(data, path):
     """-> ([(piece, score, kind)], trainer's and normalizer's settings by field number); ValueError if it is broken.
-
     sentencepiece_model.proto: a model has fields 1 = a piece (1 text, 2 score, 3 kind), often, 2 = trainer_spec (3
     model_type, 24 treat_whitespace_as_suffix, 35 byte_fallback), 3 = normalizer_spec (1 name, 2 precompiled_charsmap, 3
     add_dummy_prefix, 4 remove_extra_whitespaces, 5 escape_whitespaces)."""

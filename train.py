@@ -6,6 +6,10 @@
 Plain `python train.py …` is the same on one process: a mesh of one. Flags carry LLaVA's names (training/flags.py).
 """
 
+if __name__ == "__main__":  # Ctrl-C may end the imports, which take seconds, but without a traceback
+    import sys
+    sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or sys.__excepthook__(kind, *error)
+
 import gc
 import json
 import math
@@ -28,8 +32,9 @@ import data
 import lora
 import quant
 import weights
-from formats import command, hub, templates
+from formats import command, files, hub, templates
 from formats.layouts import read_pinpoints
+from formats.records import find_files
 from kernels import choice
 from model import IGNORE_INDEX, Llava
 from training import checkpoint, evaluation, features, flags, plan, trackers, work
@@ -40,8 +45,10 @@ from training.sampler import BatchOrder
 def main(argv=None):
     """Flags -> model -> data -> the loop -> a folder that sample.py and transformers load."""
     args = flags.parse(argv)
-    if args.plan:
-        return show_plan(args)
+    if args.plan:  # nothing is loaded
+        with torch.device("meta"):
+            model = Llava(plan.read_config(args))
+        return plan.show(args, choose_trained(model, args))
     if args.plot:  # the drawing stands below training, which needs it for nothing else
         import_module("benches.plot").plot_runs([run.split(",") for run in args.plot], args.out)
         return print(f"{', '.join(args.plot)} drawn into {args.out}")
@@ -63,6 +70,10 @@ def main(argv=None):
 def run(args, device, mesh, watch):
     """One whole run on this rank. -> the signal that ended it (Ctrl-C is 2, SIGTERM 15), or 0"""
     say = print if mesh.get_rank() == 0 else lambda *_, **__: None
+    for paths in filter(None, (args.data_path, args.eval_data_path)):
+        find_files(paths)  # before the model is loaded, which takes minutes
+    if not os.path.isdir(args.image_folder):
+        raise ValueError(f"check --image_folder {args.image_folder}: no such folder; pictures' paths start there")
     start, ended = checkpoint.on_first_rank(checkpoint.find, args)
     if ended:
         say(ended)
@@ -70,28 +81,20 @@ def run(args, device, mesh, watch):
     torch.manual_seed(args.seed + mesh.get_rank())  # of dropout, which is to differ from rank to rank
     loaded = build_model(args, device, mesh)
     say(f"{flags.describe(args)}\n{describe(loaded.model, args)}" + f"\n{choice.describe(device)}" * args.verbose)
-    records = data.Records(
-        args.data_path, args.image_folder, loaded, args.conv_mode or loaded.conv_mode, args.model_max_length,
-        args.on_bad_record, strict_labels=args.strict_labels, on_bad_image=args.on_bad_image, seed=args.seed)
-    lengths = records.words if args.group_by_modality_length else None
-    order = BatchOrder(len(records), args.per_device_train_batch_size, args.seed, mesh.get_rank(), mesh.size(), lengths,
-                       args.gradient_accumulation_steps, args.sample_order == "accelerate")
-    judge = evaluation.Judge(args, loaded)
-    if args.cache_features:
-        records.load = features.Features(args, loaded, records).put
-    loop = Loop(args, loaded, records, order, build_optimizer(loaded.model, args), judge, mesh, device, say, watch)
+    loop = Loop(args, loaded, mesh, device, say, watch)
     loop.begin(start)
     try:
         loop.run()
         loop.save()
-    except Exception as error:
-        loop.rescue(error)
+    except Exception as error:  # what was reached is saved, where the ranks can still do that together
+        together = mesh.size() == 1 or isinstance(error, checkpoint.OnAllRanks)
+        if together and loop.mark and loop.mark[0]["step"] > 0:
+            loop.save_checkpoint()
         raise
-    for what, ids in [item for notes in loop.gather(records.notes) for item in notes.items()]:
-        for name in ids:
-            records.note(what, name)
-    if records.report():
-        say(records.report())
+    loop.records.note((what, name) for notes in checkpoint.gather(loop.records.notes)
+                      for what, ids in notes.items() for name in ids)
+    if report := loop.records.report():
+        say(report)
     return loop.stopped
 
 
@@ -99,8 +102,7 @@ def run(args, device, mesh, watch):
 
 
 def start_distributed(args):
-    """Join the ranks that torchrun started, or make a group of one. -> (device, mesh): the ranks in a row, or with
-    --fsdp_replicas in several, each with a whole model."""
+    """Join torchrun's ranks, or make a group of one. -> (device, mesh: ranks in --fsdp_replicas rows, or one)"""
     cuda = torch.cuda.is_available() and not args.use_cpu
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -117,8 +119,7 @@ def start_distributed(args):
 
 
 def build_model(args, device, mesh=None):
-    """Load LLM, tower and projector, and decide what trains, which the mesh divides before its numbers are read. Frozen
-    parts are kept in the dtype of the computation, trained ones in float32."""
+    """Load all parts, decide what trains (in float32; the frozen in the computation's dtype), divide it by the mesh."""
     def prepare(model):
         """What weights.load does with the model before its numbers are read. -> the adapters' first numbers"""
         drawn = adapt(model, args)
@@ -195,13 +196,6 @@ def lora_config(args):
     return lora.LoraConfig(args.lora_r, args.lora_alpha, args.lora_dropout, args.use_rslora)
 
 
-def show_plan(args):
-    """What the run would hold in memory, told without loading anything (training/plan.py). -> exit status"""
-    with torch.device("meta"):
-        model = Llava(plan.read_config(args))
-    return plan.show(args, choose_trained(model, args))
-
-
 def describe(model, args):
     """The table of what trains: part, parameters, bytes, learning rate."""
     lines = [f"{'part':16s} {'parameters':>14s} {'MB':>9s}   trained"]
@@ -217,11 +211,8 @@ def describe(model, args):
 
 
 def shard(model, mesh, args):
-    """FSDP2: every layer is a unit, the rest of what trains another; frozen parts stay whole on every rank.
-
-    On a mesh of several rows (HSDP) a row divides the model, and gradients are summed over the rows, too. FSDP2 gathers
-    the layer before ahead of time in backward by itself; in forward only as far as Python runs ahead of the GPU.
-    """
+    """FSDP2: every layer is a unit, the rest of what trains another; frozen parts stay whole on all ranks. With several
+    rows (HSDP) each divides the model, gradients are summed over them. Backward gathers the next layer by itself."""
     offload = fsdp.CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if args.offload else fsdp.OffloadPolicy()
     policy = fsdp.MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
     how = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
@@ -273,10 +264,20 @@ def learning_rate_factor(step, total, args):
 class Loop:
     """The training loop: what it holds on to, and what it writes."""
 
-    def __init__(self, args, loaded, records, order, optimizer, judge, mesh, device, say, watch):
-        self.args, self.loaded, self.model, self.records, self.order = args, loaded, loaded.model, records, order
-        self.optimizer, self.judge, self.mesh, self.device, self.say = optimizer, judge, mesh, device, say
-        self.watch = watch
+    def __init__(self, args, loaded, mesh, device, say, watch):
+        self.args, self.loaded, self.model = args, loaded, loaded.model
+        self.mesh, self.device, self.say, self.watch = mesh, device, say, watch
+        self.records = records = data.Records(
+            args.data_path, args.image_folder, loaded, args.conv_mode or loaded.conv_mode, args.model_max_length,
+            args.on_bad_record, args.strict_labels, args.on_bad_image, args.seed)
+        self.order = order = BatchOrder(
+            len(records), args.per_device_train_batch_size, args.seed, mesh.get_rank(), mesh.size(),
+            records.words if args.group_by_modality_length else None, args.gradient_accumulation_steps,
+            args.sample_order == "accelerate")
+        self.judge = judge = evaluation.Judge(args, loaded)
+        if args.cache_features:
+            records.load = features.Features(args, loaded, records).put
+        self.optimizer = build_optimizer(self.model, args)
         self.accumulate = min(args.gradient_accumulation_steps, len(order))  # a step never needs more than one epoch
         self.per_epoch = len(order) // self.accumulate
         self.total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.per_epoch)
@@ -285,7 +286,9 @@ class Loop:
         self.first, self.saved, self.skipped, self.mark = 0, None, 0, None  # see begin, save_checkpoint, worth_a_step
         self.interrupted, self.stopped, self.log, self.owed = 0, 0, None, args.evaluation_strategy != "no"
         self.best = None  # evaluation so far, as evaluation.rate describes it
-        self.spent, self.eval_seconds, judge.pause = 0, 0, self.leave_if_stopped  # in steps, in the last evaluation
+        self.spent, self.eval_seconds = 0, 0  # in steps, in the last evaluation
+        judge.pause, judge.gather = self.leave_if_stopped, checkpoint.gather
+        judge.place = mesh.get_rank(), mesh.size()
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.checkpointing = plan.Checkpointing(args, self.model)
         self.scaler = torch.amp.GradScaler(device.type, growth_interval=1000, enabled=args.fp16)  # DeepSpeed's interval
@@ -365,8 +368,7 @@ class Loop:
                                 generator=torch.Generator())  # or an epoch's start would draw from the global one
             try:
                 for batch in loader:
-                    for note, record_id in batch.notes:
-                        self.records.note(note, record_id)
+                    self.records.note(batch.notes)
                     self.seen += 1
                     yield batch.to(self.device), epoch + self.seen / len(batches)
             except ValueError as error:  # a loader's process sends its traceback as text, of which this is the end
@@ -416,12 +418,11 @@ class Loop:
                "seconds": seconds, "tokens_per_second": tokens / seconds, "memory_gb": peak_memory(self.device),
                "tflops": flop / seconds / ranks / 1e12}
         if self.args.log_samples:
-            row["ids"] = [ids for by_rank in zip(*self.gather([x[3] for x in accumulated])) for ids in by_rank]
+            row["ids"] = [ids for by_rank in zip(*checkpoint.gather([x[3] for x in accumulated])) for ids in by_rank]
         return row
 
     def worth_a_step(self, loss, norm, learned, accumulated):
-        """Whether to learn from this step. OnAllRanks, with the records' ids: it has nothing to learn, or its loss or
-        gradient is no number, and no flag passes over that."""
+        """Whether to learn from this step. OnAllRanks: nothing to learn, or loss or gradient is no number."""
         if learned and math.isfinite(loss) and math.isfinite(norm):
             return True
         if math.isfinite(loss) and learned and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
@@ -433,13 +434,13 @@ class Loop:
         bad = accumulated if math.isfinite(loss) else [x for x in accumulated if not torch.isfinite(x[0])]
         ids = [name for x in bad for name in x[3]]
         why = [what for what, noted in self.records.notes.items() if noted.keys() & set(ids)]
-        ids, why = (list(dict.fromkeys(x for own in self.gather(mine) for x in own)) for mine in (ids, why))
+        ids, why = (list(dict.fromkeys(x for own in checkpoint.gather(mine) for x in own)) for mine in (ids, why))
         if not learned:
             raise checkpoint.OnAllRanks(
                 f"step {self.step + 1}: nothing to learn in records {', '.join(ids)} ({'; '.join(why) or 'no answer'});"
                 " raise --model_max_length, leave them out, or pass over them with --on_bad_record skip")
-        what = f"gradient is {norm}" if math.isfinite(loss) else f"loss is {loss}"
-        what = f"step {self.step + 1}: the {what} on records {', '.join(ids)}"
+        odd = f"gradient is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+        what = f"step {self.step + 1}: the {odd} on records {', '.join(ids)}"
         self.skipped += 1
         if self.skipped > self.args.skip_nonfinite:
             raise checkpoint.OnAllRanks(f"{what}; try a lower --learning_rate, look for what is odd about these "
@@ -452,10 +453,9 @@ class Loop:
     def remember(self):
         """Note what a checkpoint of this moment needs beside its tensors; taken when a step is done as a whole."""
         records = self.seen * self.args.per_device_train_batch_size * self.mesh.size()  # of all ranks, in this epoch
-        state = {"step": self.step, "epoch": self.epoch, "records": records, "skipped": self.skipped,
-                 "owed": self.owed, "best": self.best,
-                 "scaler": self.scaler.state_dict(), "facts": self.facts, "args": vars(self.args)}
-        self.mark = state, checkpoint.random_state(self.device)
+        self.mark = {"step": self.step, "epoch": self.epoch, "records": records, "skipped": self.skipped,
+                     "owed": self.owed, "best": self.best, "scaler": self.scaler.state_dict(), "facts": self.facts,
+                     "args": vars(self.args)}, checkpoint.random_state(self.device)
 
     @property
     def done(self):
@@ -474,8 +474,7 @@ class Loop:
         return ends or step % self.every(what) == 0
 
     def save_checkpoint(self):
-        """Write checkpoint-N, or into the one of this step what was evaluated since. A full disk is said, and training
-        goes on: room may be made before the next one."""
+        """Write checkpoint-N, or amend it by what was evaluated since. A full disk is said, and training goes on."""
         state, random_state = self.mark
         folder = os.path.join(self.args.output_dir, f"checkpoint-{state['step']}")
         if self.args.save_strategy == "no":
@@ -492,25 +491,11 @@ class Loop:
         except checkpoint.OnAllRanks as error:
             self.say(f"WARNING: {error}; training goes on without it", flush=True)
 
-    def rescue(self, error):
-        """On the way out of an error: save what was reached, where the ranks can still do that together."""
-        together = self.mesh.size() == 1 or isinstance(error, checkpoint.OnAllRanks)
-        if together and self.mark and self.mark[0]["step"] > 0:
-            self.save_checkpoint()
-
-    # ------------------------------------------------------------------------------------------- across ranks
-
     def over_ranks(self, number, how=dist.ReduceOp.SUM):
         """The sum, or else the greatest, of every rank's number."""
         number = torch.as_tensor(number, device=self.device)
         dist.all_reduce(number, how)
         return number.item()
-
-    def gather(self, own):
-        """What every rank holds, in a list by rank."""
-        every = [None] * self.mesh.size()
-        dist.all_gather_object(every, own)
-        return every
 
     # ------------------------------------------------------------------------------------- what a person sees
 
@@ -519,8 +504,8 @@ class Loop:
         if self.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.interrupted = number
-        again = "Ctrl-C: finishing this step, then saving (again to leave at once)"
-        self.say("\n" + (again if number == signal.SIGINT else "SIGTERM: finishing this step, then saving"), flush=True)
+        name, again = ("Ctrl-C", " (again to leave at once)") if number == signal.SIGINT else ("SIGTERM", "")
+        self.say(f"\n{name}: finishing this step, then saving{again}", flush=True)
 
     def report(self, row):
         """One dense line, and the row in log.jsonl."""
@@ -541,14 +526,14 @@ class Loop:
                  f"ETA {command.duration(left)}", flush=True)
 
     def write(self, row):
+        """A row of log.jsonl."""
         if self.mesh.get_rank() == 0:
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self.log.write(json.dumps(clean) + "\n")
             self.log.flush()
 
     def evaluate(self):
-        """Evaluate every file, or to the next batch when a signal comes: then it is still owed, and a resumed run
-        begins with it."""
+        """Evaluate every file, or to the next batch when a signal comes: then a resumed run begins with it."""
         kept = not self.args.load_best_model_at_end or self.step >= self.total or self.due("save", self.step)
         began = time.perf_counter()
         try:
@@ -557,7 +542,7 @@ class Loop:
                 self.trackers.log(row)
                 self.say(evaluation.line(row), flush=True)
                 if number == 0 and self.step and kept:  # the first file decides
-                    self.best = self.gather(evaluation.rate(self.args, self.best, row))[0]
+                    self.best = checkpoint.gather(evaluation.rate(self.args, self.best, row))[0]
             self.owed, self.eval_seconds = False, time.perf_counter() - began
             self.remember()
         except evaluation.Left:
@@ -583,8 +568,7 @@ class Loop:
                  f"WARNING: no evaluation told {name}; the last step is written")
 
     def save(self):
-        """Write the model; in stage 1 also, or with --save_projector_only alone, its projector. After SIGTERM there is
-        little time, and the checkpoint is enough."""
+        """Write the model, and of stage 1 its projector. After SIGTERM time is short: the checkpoint is enough."""
         if self.stopped and not self.step or self.stopped == signal.SIGTERM and self.saved == self.step:
             return self.say(f"stopped after step {self.step} of {self.total}; the same command goes on from there")
         if self.args.load_best_model_at_end and self.done:
@@ -605,13 +589,12 @@ class Loop:
             weights.save_projector(self.loaded, out, tensors)
         if not self.args.save_projector_only:
             weights.save(self.loaded, out, tensors=tensors, max_shard_size=self.args.max_shard_size)
-        with open(os.path.join(out, "trainer_state.json"), "w", encoding="utf-8") as file:
-            json.dump({"global_step": self.step, "max_steps": self.step if self.done else self.total}, file)
+        files.write_files(out, {"trainer_state.json": {
+            "global_step": self.step, "max_steps": self.step if self.done else self.total}})
 
 
 def leave_signals(_):
-    """For a loader's worker processes: Ctrl-C and SIGTERM reach them, too, and are their parent's business. A second
-    SIGTERM is from their parent, at its exit."""
+    """For a loader's processes: signals are their parent's business, and the second SIGTERM is from their parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 

@@ -11,6 +11,7 @@ Sizes are (height, width) in pixels everywhere but in Pillow's own calls.
 """
 
 import math
+import warnings
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -238,16 +239,35 @@ def check_views(aspect, merge="flat", feature="patch"):
 # ------------------------------------------------------------------------------------------------- pictures to pixels
 
 
-def open_picture(path, exif=False):
+def limit_pixels(count):
+    """From here on `open_picture` refuses what has more pixels, by its header, before anything is decoded. Until then
+    Pillow's own limit counts, 179 million or 0.5 GB; from half of a limit on it would warn, too."""
+    Image.MAX_IMAGE_PIXELS = count / 2
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def open_picture(file, exif=False, name=None, formats=None):
     """A picture file -> PIL picture in RGB, whatever its mode was: transparency is dropped, not blended; and turned as
-    the camera was held (EXIF) only with `exif`, as in the original. ValueError names a missing or broken file."""
+    the camera was held (EXIF) only with `exif`, as in the original. file: a path, or an open file that is called
+    `name`; formats: Pillow's names of those allowed. ValueError names a missing, broken or too large file."""
+    name = name or file
     try:
-        with Image.open(path) as picture:
+        with Image.open(file, formats=formats) as picture:
             return (ImageOps.exif_transpose(picture) if exif else picture).convert("RGB")
     except FileNotFoundError:
-        raise ValueError(f"picture {path} does not exist; check --image_folder and the record's `image`") from None
+        raise ValueError(f"picture {name} does not exist; check --image_folder and the record's `image`") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"picture {name} has more than {2 * Image.MAX_IMAGE_PIXELS:,.0f} pixels and was not decoded; "
+                         "make it smaller, or raise sample.py's --max_pixels") from None
     except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, OSError … for broken files
-        raise ValueError(f"picture {path} cannot be read ({error}); replace it or leave its record out") from None
+        raise ValueError(f"picture {name} cannot be read ({error}); replace it or leave its record out") from None
+
+
+def check_growth(picture, width, height):
+    """ValueError if a picture, a mere line, would fill the memory once it is padded or enlarged to this size."""
+    if width * height > max(10**9, picture.width * picture.height):
+        raise ValueError(f"picture of {picture.width} x {picture.height} pixels would become one of {width} x {height},"
+                         f" {3e-9 * width * height:.0f} GB; cut off what is not needed")
 
 
 def centred(picture, width, height, colour):
@@ -306,6 +326,7 @@ class ImageProcessor:
         picture = picture if picture.mode == "RGB" else picture.convert("RGB")
         if aspect == "pad":
             side, colour = max(picture.size), tuple(int(mean * 255) for mean in self.image_mean)  # (122, 116, 104)
+            check_growth(picture, side, side)
             return [centred(picture, side, side, colour)]
         if aspect != "anyres":
             return [picture]
@@ -322,6 +343,7 @@ class ImageProcessor:
         width, height = picture.size
         edge = self.shortest_edge or self.crop_size
         size = (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
+        check_growth(picture, *size)
         picture = picture.resize(size, Image.Resampling.BICUBIC)
         left, top = (size[0] - self.crop_size) // 2, (size[1] - self.crop_size) // 2
         return picture.crop((left, top, left + self.crop_size, top + self.crop_size))

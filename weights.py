@@ -16,6 +16,10 @@ transformers and vLLM load as it is, or the original's where llava-hf has no wor
     python weights.py merge ADAPTER OUT [--base B]                          a LoRA and its base as one model
 """
 
+if __name__ == "__main__":  # Ctrl-C may end the imports, which take seconds, but without a traceback
+    import sys
+    sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or sys.__excepthook__(kind, *error)
+
 import contextlib
 import io
 import json
@@ -58,7 +62,8 @@ class Loaded:
     tower tensors that the model does not need but a saved folder does; new_projector: True if it is untrained;
     silent_ids: ids that no answer may hold, rows of the head without a token. lora: of the adapter that the model wears
     or trains; base: the language model's name, fingerprint: () -> what tells it from others (formats/adapter.py);
-    beside: our names of what the adapter's folder holds beside the adapter.
+    beside: our names of what the adapter's folder holds beside the adapter. cells: of the cache that there is room for.
+    eager: compute answers in the plain way.
     """
 
     model: Llava
@@ -74,6 +79,8 @@ class Loaded:
     base: str = None
     fingerprint: Callable = None
     beside: set = field(default_factory=set)
+    eager: bool = False
+    cells: int = None
 
 
 def pick_device(device="auto"):
@@ -101,7 +108,7 @@ def pick_dtype(dtype, device):
 def load(path_or_hub_id, dtype="auto", device="auto", bits=16, model_base=None, vision_tower=None,
          quant_type="nf4", double_quant=True, quant_also="",
          pretrain_mm_mlp_adapter=None, mm_projector_type=None, projector_seed=None, pad_token=None, im_patch=False,
-         adapter=None, force=False, prepare=None, offload=False, **settings):
+         adapter=None, force=False, prepare=None, offload=False, place=None, **settings):
     """Load a model -> Loaded. What was found, and what was left out, is said in a line or two on stderr.
 
     path_or_hub_id: a folder in any layout of formats/layouts.py, or a Hugging Face id. dtype: auto, a name, a
@@ -114,6 +121,7 @@ def load(path_or_hub_id, dtype="auto", device="auto", bits=16, model_base=None, 
     model_base, or on the base that it names. prepare: a function of the model that may change dtypes and divide it
     among ranks, before a number of it is read: each rank then reads its own rows, with `offload` into the CPU's memory.
     What it returns, {our name: tensor}, is put in, too. A model that is quantised or wears an adapter is whole by then.
+    place: a sampling.placing.Placing, which spreads the layers over devices, main memory and their own files.
     settings: fields of LlavaConfig (conv_mode, …) that go before the checkpoint's; None is not given.
     ValueError for everything that does not fit.
     """
@@ -141,13 +149,14 @@ def load(path_or_hub_id, dtype="auto", device="auto", bits=16, model_base=None, 
     late = worn or quantisation.kind or any(isinstance(tensor, Folded) for tensor in tensors.values())
     if prepare and not late:
         tensors |= files.lazily(prepare(model))
-    fill(model, tensors, dtype, device, path_or_hub_id, quantisation, offload)
+    plan = place and place(model, tensors, quantisation, device, worn)
+    fill(model, tensors, dtype, device, path_or_hub_id, quantisation, offload, plan)
 
-    conv_mode, why = templates.choose_conv_mode(config, tokenizer)
+    conv_mode, why = templates.choose_conv_mode(config, tokenizer, settings.get("conv_mode"))
     loaded = Loaded(
         model, tokenizer, tower and find_image_processor(tower.path, config), config,
         conv_mode, tower_name, spare, tower is not None and source is None, silent_ids, base=base,
-        fingerprint=cache(partial(adapters.fingerprint, language.tensors)))
+        fingerprint=cache(partial(adapters.fingerprint, language.tensors)), cells=place and place.tokens)
     if worn:
         adapters.wear(loaded, worn)
     if prepare and late:
@@ -319,11 +328,12 @@ def take_spare(model, tensors):
     return {name: tensors.pop(name) for name in list(tensors) if name.startswith(behind)}
 
 
-def fill(model, tensors, dtype, device, where, quantisation, offload=False):
+def fill(model, tensors, dtype, main, where, quantisation, offload=False, plan=None):
     """Give every parameter of a model on the meta device its tensor: each used once, each filled once, shapes equal.
     A tensor that needs no cast is the file's own pages on the CPU; others are cast while they are read, so that memory
     holds the model and some megabytes more. What is to be quantised is, one matrix after the other. Of a parameter that
-    is divided among ranks this one reads its rows."""
+    is divided among ranks this one reads its rows. A plan (sampling/placing.py) may put layers elsewhere than on main;
+    what it puts nowhere (meta) is not read here."""
     parameters, wrong = dict(model.named_parameters()), {}
     for name in parameters.keys() | tensors.keys():
         found, wanted = (tuple(side[name].shape) if name in side else None for side in (tensors, parameters))
@@ -336,10 +346,13 @@ def fill(model, tensors, dtype, device, where, quantisation, offload=False):
 
     def made(name):
         tensor, p, module = tensors[name], parameters[name], name.rpartition(".")[0]
+        device = plan.device_of(name) if plan else main
         if isinstance(tensor, Folded):
             return quant.QuantisedLinear(tensor.shape, tensor.kind, tensor.parts(), dtype).to(device)
         if name.endswith(".weight") and quantisation.wants(module, model.get_submodule(module)):
             return quantisation.linear(tensor.read(), dtype).to(device)
+        if plan and device.type == "meta":
+            return p
         if not hasattr(p, "device_mesh"):
             return nn.Parameter(tensor.to(p.dtype).read().to(device), p.requires_grad)
         own, = p.__create_chunk_list__()  # of a DTensor: where this rank's part begins, and its size
@@ -356,6 +369,8 @@ def fill(model, tensors, dtype, device, where, quantisation, offload=False):
                 setattr(model.get_submodule(module), leaf, part)
     if model.config.text.tie_word_embeddings:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
+    if plan:
+        plan.settle(model, tensors)
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 

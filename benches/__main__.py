@@ -16,7 +16,7 @@ from importlib.metadata import version
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benches import gpu, gpu_models, loading, quantising, reading, training
+from benches import decoding, gpu, gpu_models, loading, quantising, reading, training
 from benches.plot import INK, PAPER, QUIET
 from formats import command
 
@@ -32,7 +32,9 @@ ROWS = {
             "nf4_dequantise": quantising.dequantise, "nf4_dequantise_bf16": quantising.dequantise_bf16,
             "nf4_dequantise_7b": quantising.dequantise_7b, "nf4_load_peak": quantising.load_peak,
             "lora_step": quantising.lora_step, "lora_step_bytes": quantising.lora_step_bytes,
-            "qlora_step": quantising.qlora_step, "qlora_step_bytes": quantising.qlora_step_bytes},
+            "qlora_step": quantising.qlora_step, "qlora_step_bytes": quantising.qlora_step_bytes,
+            "prefill": decoding.prefill, "decode_bf16": decoding.decode_bf16, "decode_int8": decoding.decode_int8,
+            "decode_int4": decoding.decode_int4, "batch_16": decoding.batch_16, "first_token": decoding.first_token},
     "gpu": gpu.ROWS | gpu_models.ROWS,
 }
 OURS, THEIRS = "#1f5fd0", "#c9ccd1"

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import attention, choice, cross_entropy, elementwise, nf4
+from kernels import attention, choice, cross_entropy, elementwise, lora, nf4
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
@@ -280,13 +280,18 @@ def one_query(smoke, lengths):
     where, heads, dim = device(smoke), 2 if smoke else 32, 128
     lengths = [length // 20 for length in lengths] if smoke else lengths
     q = drawn(where, len(lengths), heads, dim, trained=False)
-    cache = drawn(where, 2, len(lengths), max(lengths), heads, dim, seed=1, trained=False)
+    pool = drawn(where, 2, sum(lengths), heads, dim, seed=1, trained=False)  # one sequence behind the other
     counts = torch.tensor(lengths, device=where)
-    peer = (attention.attend_to_cache_reference, "SDPA")
-    return contest(smoke, lambda: (attention.attend_to_cache(q, *cache, counts),),
-                   {peer[1]: lambda: (peer[0](q, *cache, counts),)},
-                   lambda: (peer[0](q.float(), *cache.float(), counts),),
-                   traffic=2 * sum(lengths) * heads * dim * cache.element_size())
+    starts, mask = counts.cumsum(0) - counts, torch.arange(max(lengths), device=where) < counts[:, None]
+    grid = torch.stack([torch.nn.utils.rnn.pad_sequence(x.split(lengths), True) for x in pool]).transpose(2, 3)
+
+    def padded(q=q, grid=grid):  # (B, H, L, K)
+        out = F.scaled_dot_product_attention(q[:, :, None], *grid, attn_mask=mask[:, None, None])
+        return (out[:, :, 0],)
+
+    return contest(smoke, lambda: (attention.attend_to_cache(q, *pool, starts, counts, max(lengths)),),
+                   {"SDPA, padded with mask": padded}, lambda: padded(q.float(), grid.float()),
+                   traffic=2 * sum(lengths) * heads * dim * pool.element_size())
 
 
 # ----------------------------------------------------------------------------------------------------- loss, small ones
@@ -430,11 +435,29 @@ def nf4_128_rows(smoke):
     return four_bits(smoke, 128)
 
 
-def four_bits(smoke, rows):
+def nf4_1_row_planar(smoke):
+    """nf4_1_row with the codes in planes (kernels/nf4.py), beside our kernel that takes them as they are: whichever
+    leads is to be the default."""
+    return four_bits(smoke, 1, planar=True)
+
+
+def nf4_16_rows_planar(smoke):
+    """The same for 16 rows."""
+    return four_bits(smoke, 16, planar=True)
+
+
+def nf4_128_rows_planar(smoke):
+    """The same for 128 rows."""
+    return four_bits(smoke, 128, planar=True)
+
+
+def four_bits(smoke, rows, planar=False):
     """Ours on our codes, bitsandbytes on its own, which are the same."""
     where, shapes = device(smoke), [(64, 128), (64, 64)] if smoke else SHAPES
     weights = [drawn(where, *shape, seed=i, trained=False) * 0.02 for i, shape in enumerate(shapes)]
     layers = [nf4.encode(weight, "nf4") for weight in weights]
+    laid = [(nf4.planar(codes) if planar and shape[1] % nf4.UNIT == 0 else codes, *scales)
+            for shape, (codes, *scales) in zip(shapes, layers)]
     inputs = [drawn(where, max(rows, 1), inner, seed=9, trained=False) for _, inner in shapes]
     rooms = [torch.empty_like(weight) for weight in weights]
     theirs = []
@@ -448,7 +471,7 @@ def four_bits(smoke, rows):
     def decoded():
         return tuple(nf4.decode("nf4", *parts, room) for parts, room in zip(layers, rooms))
 
-    def multiplied():
+    def multiplied(layers=laid):
         products = (nf4.few_rows(x, "nf4", *parts, weight.shape) for x, parts, weight in zip(inputs, layers, weights))
         return tuple(F.linear(x, nf4.decode("nf4", *parts, room)) if y is None else y
                      for x, parts, room, y in zip(inputs, layers, rooms, products))
@@ -465,8 +488,35 @@ def four_bits(smoke, rows):
         return tuple(F.linear(x.float(), weight) for x, weight in zip(inputs, wide)) if rows else tuple(wide)
 
     traffic = sum(part.nbytes for parts in layers for part in parts) + (rows == 0) * sum(room.nbytes for room in rooms)
-    return contest(smoke, multiplied if rows else decoded, {"bitsandbytes": peer}, exact,
+    peers = {"bitsandbytes": peer} | ({"ours, not planar": lambda: multiplied(layers)} if planar else {})
+    return contest(smoke, multiplied if rows else decoded, peers, exact,
                    2 * rows * sum(weight.numel() for weight in weights), traffic)
+
+
+def lora_dropout(smoke):
+    """A linear with an adapter, 4096 x 4096, r = 128, dropout 0.05, 12,800 rows, forth and back. Each side draws a mask
+    of its own, so that their numbers are not compared."""
+    where, (rows, width, rank) = device(smoke), (16, 32, 4) if smoke else (12800, 4096, 128)
+    x, grad = (drawn(where, rows, width, seed=i) for i in range(2))
+    weight = drawn(where, width, width, seed=2, trained=False) * width**-0.5
+    A, B = drawn(where, rank, width, seed=3), drawn(where, width, rank, seed=4)
+
+    def ours(x, A, B):
+        return lora.lora_linear(x, lambda: weight, None, A, B, 2.0, 0.05, 7)
+
+    def layers(x, A, B):
+        return F.linear(x, weight) + F.linear(F.linear(F.dropout(x, 0.05), A), B) * 2.0
+
+    def reference(*inputs):
+        kept, choice.rules = choice.rules, lambda: dict.fromkeys(choice.KERNELS, "reference")
+        try:
+            return ours(*inputs)
+        finally:
+            choice.rules = kept
+
+    sides = [there_and_back(side, (x, A, B), grad.detach()) for side in (ours, layers, reference)]
+    return contest(smoke, sides[0], {"layers, as PEFT": sides[1], "our reference": sides[2]}, None,
+                   4 * rows * width * (width + 3 * rank))
 
 
 # --------------------------------------------------------------------------------------------------------- block sizes
@@ -516,7 +566,8 @@ def blocks(smoke, kernel, dim, measure):
 ROWS = {row.__name__: row for row in (
     attention_llava, attention_tower, attention_2048, attention_4096, attention_2048_backward, attention_4096_backward,
     attention_cache, attention_cache_16, loss_stage1, loss_stage2, rms_norm, add_rms_norm, swiglu, rotate,
-    nf4_dequantise, nf4_1_row, nf4_16_rows, nf4_128_rows, blocks_tower, blocks_forward, blocks_backward_q,
+    nf4_dequantise, nf4_1_row, nf4_16_rows, nf4_128_rows, nf4_1_row_planar, nf4_16_rows_planar, nf4_128_rows_planar,
+    lora_dropout, blocks_tower, blocks_forward, blocks_backward_q,
     blocks_backward_kv)}
 
 

@@ -5,7 +5,8 @@ Steps are those of an optimiser, forward to AdamW, whose rate is 0, so that ever
 difference of both losses, or of the scores of the next word, relative to the largest. "as LLaVA" computes activations a
 second time, as LLaVA's scripts have it. Where less than 120 GB of memory are there, batches are a quarter as large.
 
-A step of decoding is timed at the same place again and again: the cache is taken back after each.
+A step of decoding is timed at the same place again and again: the cache is taken back after each. Ours is the recorded
+one (sampling/graph.py), but for decode_7b_eager.
 """
 
 import gc
@@ -18,7 +19,10 @@ import quant
 from benches.gpu import contest, device
 from benches.training import NAMES, SMALL, SMALL_TOWER, padded, peer
 from data import Batch
+from kernels.nf4 import UNIT
+from kernels.nf4 import planar as lay_in_planes
 from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Cache, LlamaConfig, Llava, LlavaConfig
+from sampling.graph import TRIES, Decoder
 from vision import ClipVisionConfig
 
 TOWER = ClipVisionConfig(1024, 4096, 24, 16, 3, 336, 14)
@@ -169,13 +173,16 @@ def adapt_theirs(model, rank):
     return trained
 
 
-def quantise_ours(model):
-    """The language model's layers as NF4."""
+def quantise_ours(model, planar=False):
+    """The language model's layers as NF4; planar: laid in planes where their widths allow."""
     wanted = quant.Quantisation(4)
     for name, linear in list(model.named_modules()):
         if wanted.wants(name, linear):
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, wanted.linear(linear.weight, linear.weight.dtype))
+            new = wanted.linear(linear.weight, linear.weight.dtype)
+            if planar and linear.in_features % UNIT == 0:
+                new.codes = torch.nn.Parameter(lay_in_planes(new.codes), requires_grad=False)
+            setattr(model.get_submodule(parent), leaf, new)
 
 
 def quantise_theirs(model):
@@ -230,8 +237,18 @@ def decode_7b_nf4_16(smoke):
     return answer(smoke, 16, nf4=True)
 
 
+def decode_7b_eager(smoke):
+    """decode_7b without the recorded step: each kernel is launched by Python."""
+    return answer(smoke, 1, recorded=False)
+
+
+def decode_7b_nf4_planar(smoke):
+    """decode_7b_nf4 with the codes in planes (kernels/nf4.py): to become the default if it leads."""
+    return answer(smoke, 1, nf4=True, planar=True)
+
+
 @torch.no_grad()
-def answer(smoke, count, reading=False, nf4=False):
+def answer(smoke, count, reading=False, nf4=False, recorded=True, planar=False):
     """Reading or decoding on both sides. -> a row"""
     model, where = build(smoke), device(smoke)
     places, text = model.config.image_tokens, model.config.text
@@ -243,11 +260,12 @@ def answer(smoke, count, reading=False, nf4=False):
     other.eval()
     if nf4:
         quantise_theirs(other)
-        quantise_ours(model)
+        quantise_ours(model, planar)
 
     def read():
-        cache = Cache(text, count, length + 8, other.dtype, where)
-        return model.last_logits(batch, cache), cache
+        cache = Cache(text, other.dtype, where, count * (length + 8))
+        stretches = [cache.open(length + 8) for _ in range(count)]
+        return model.last_logits(batch, cache, stretches), cache, stretches
 
     def read_theirs():
         out = other(**inputs, use_cache=True, logits_to_keep=1)
@@ -260,16 +278,18 @@ def answer(smoke, count, reading=False, nf4=False):
         operations += reading_pictures(model, count)
         return contest(smoke, lambda: read()[:1], {"transformers": lambda: read_theirs()[:1]},
                        lambda: (read_theirs()[0].float(),), operations, traffic, rounds=10)
-    (_, cache), (_, past) = read(), read_theirs()
-    word = torch.full((count,), 5, device=where)
-    step = SimpleNamespace(input_ids=word, position_ids=cache.lengths.clone(), image_sizes=[], ids=[],
+    (_, cache, stretches), (_, past) = read(), read_theirs()
+    word, decoder = torch.full((count,), 5, device=where), Decoder(model, cache)
+    step = SimpleNamespace(input_ids=word, position_ids=torch.full_like(word, length), image_sizes=[], ids=[],
                            cu_seqlens=torch.arange(count + 1, device=where), pixel_values=batch.pixel_values[:0])
-    lengths = cache.lengths.clone()
+
+    def back(logits):
+        for stretch in stretches:
+            stretch.length = length
+        return (logits,)
 
     def ours():
-        logits = model.last_logits(step, cache)
-        cache.lengths = lengths
-        return (logits,)
+        return back(decoder([5] * count, stretches) if recorded else model.logits(step, cache, stretches))
 
     def theirs():
         logits = other(input_ids=word[:, None], past_key_values=past, use_cache=True).logits[:, -1]
@@ -277,10 +297,12 @@ def answer(smoke, count, reading=False, nf4=False):
         return (logits,)
 
     traffic += 2 * count * length * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2
+    for _ in range(TRIES):  # the next one is recorded
+        ours()
     return contest(smoke, ours, {"transformers" + " + bitsandbytes" * nf4: theirs}, lambda: (theirs()[0].float(),),
                    traffic=traffic, rounds=20)
 
 
 ROWS = {row.__name__: row for row in (
     step_stage1_7b, step_lora_7b, step_qlora_7b, prefill_7b, prefill_7b_16, decode_7b, decode_7b_16, decode_7b_nf4,
-    decode_7b_nf4_16)}
+    decode_7b_nf4_16, decode_7b_eager, decode_7b_nf4_planar)}

@@ -34,10 +34,9 @@ FINGERPRINT, CODES, QUANTISATION, BESIDE = (  # keys of config.json
 
 
 def fingerprint(tensors, kind=None):
-    """16 hex digits that tell one language model from another, in whatever files or layout, and in float32 as in
-    bfloat16 (a float16 copy of float32 is rounded another way, and is another): a hash of the first 256 numbers, as
-    bfloat16, of every tensor in its layers; of what is quantised, or is to be taken as if it were (kind), of the codes.
-    tensors: {our name: LazyTensor}"""
+    """16 hex digits that tell a language model, {our name: LazyTensor}, in whatever files or layout, and in float32 as
+    in bfloat16 (a float16 copy of float32 is rounded another way, and is another): a hash of the first 256 numbers, as
+    bfloat16, of every tensor in its layers; of what is quantised, or taken as if it were (kind), of the codes."""
     digest = hashlib.sha256()
     for name in sorted(name for name in tensors if name.startswith("language_model.model.layers.")):
         tensor = tensors[name]
@@ -128,19 +127,14 @@ def switch(loaded, folder, force=False):
     fits = {name for name, tensor in new.items() if name in own and own[name].shape == tensor.shape}
     if wrong := Counter(name.split(".")[0] for name in (new.keys() - fits) | (before - new.keys())):
         parts = ", ".join(f"{part} ({count} tensors)" for part, count in sorted(wrong.items()))
-        raise ValueError(f"{folder} does not train the same parts as the adapter before it: {parts}; start again with "
-                         "it alone")
+        raise ValueError(f"{folder} does not train the parts of the adapter before it: {parts}; start with it alone")
     for name, tensor in new.items():
         own[name].data.copy_(tensor.read())
     loaded.conv_mode = worn.config.get("conv_mode", loaded.conv_mode)
 
 
 def lay_out(loaded, tensors, config):
-    """What a folder of the model's adapter will hold: all that was trained (requires_grad), the projector in any case.
-
-    tensors: {our name: tensor}, of the whole model or of what was trained; config: its LlavaConfig.
-    -> ({name in the file: tensor}, {file: what becomes JSON}, names of the layout and the dtype)
-    """
+    """As weights.lay_out, of an adapter's folder: what was trained, and the projector. tensors: {our name: tensor}."""
     layout = "llava" if config.vision is None or layouts.llava_hf_lacks(config) else "llava-hf"
     learned = {name for name, p in loaded.model.named_parameters() if p.requires_grad}
     whole = ("mm_projector.", "image_newline")  # which the base may not have, nor these:

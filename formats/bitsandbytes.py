@@ -38,8 +38,7 @@ class Folded(LazyTensor):
 
 
 def fold(tensors):
-    """{name in a file: LazyTensor} -> the same, every quantised matrix as one. ValueError: blocks of another size, a
-    part is missing."""
+    """{name in a file: LazyTensor} -> the same, quantised matrices as one each. ValueError: a part is missing."""
     tensors = dict(tensors)
     for match in filter(None, [re.fullmatch(LAST, key) for key in tensors]):
         name, kind, where = match[1] or match[3] + "weight", match[2] or "int8", tensors[match[0]].file
@@ -90,25 +89,25 @@ def unfold(model, tensors):
             room = torch.empty(shape, dtype=module.dtype, device=parts[0].device)
             tensors[f"{name}.weight"] = room if room.is_meta else nf4.decode(kind, *parts, room)
             continue
+        if kind == "int4":
+            raise ValueError("int4 is made while a model is loaded and has no format for files; save it in nf4 or fp4")
         settings = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": SKIP} | (
             {"load_in_8bit": True} if kind == "int8" else
             {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": parts[2] is not None,
              "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": "uint8"})
-        tensors |= {f"{name}.{key}": tensor for key, tensor in unfolded(kind, dtype, shape, *parts).items()}
+        codes, absmax, nested = parts
+        if kind == "int8":
+            tensors |= {f"{name}.weight": codes.view(torch.int8).view(shape), f"{name}.SCB": absmax.view(torch.float32),
+                        f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+            continue
+        state = {"quant_type": kind, "blocksize": nf4.BLOCK, "dtype": dtype, "shape": shape}
+        keys = {"absmax": absmax if nested is not None else absmax.view(torch.float32), "quant_map": nf4.levels(kind)}
+        if nested is not None:
+            scales = nested.view(torch.float32)
+            keys |= {"nested_absmax": scales[:-1], "nested_quant_map": nf4.dynamic_levels()}
+            state |= {"nested_blocksize": nf4.BLOCK2, "nested_dtype": "float32",
+                      "nested_offset": 0.0 if scales.is_meta else scales[-1].item()}
+        keys[f"quant_state.bitsandbytes__{kind}"] = torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8)
+        tensors[f"{name}.weight"] = codes[: -(-shape[0] * shape[1] // 2), None]
+        tensors |= {f"{name}.weight.{key}": tensor for key, tensor in keys.items()}
     return settings
-
-
-def unfolded(kind, dtype, shape, codes, absmax, nested):
-    """One matrix -> {key behind its name: tensor}."""
-    if kind == "int8":
-        return {"weight": codes.view(torch.int8).view(shape), "SCB": absmax.view(torch.float32),
-                "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    state = {"quant_type": kind, "blocksize": nf4.BLOCK, "dtype": dtype, "shape": shape}
-    keys = {"absmax": absmax if nested is not None else absmax.view(torch.float32), "quant_map": nf4.levels(kind)}
-    if nested is not None:
-        scales = nested.view(torch.float32)
-        keys |= {"nested_absmax": scales[:-1], "nested_quant_map": nf4.dynamic_levels()}
-        state |= {"nested_blocksize": nf4.BLOCK2, "nested_dtype": "float32",
-                  "nested_offset": 0.0 if scales.is_meta else scales[-1].item()}
-    keys[f"quant_state.bitsandbytes__{kind}"] = torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8)
-    return {"weight": codes[: -(-shape[0] * shape[1] // 2), None]} | {f"weight.{key}": keys[key] for key in keys}

@@ -39,8 +39,7 @@ class Adapter:
 
 @dataclass
 class Checkpoint:
-    """What one folder, or one weight file, holds.
-    config: config.json or {}; tensors: {our name: LazyTensor}; unused: what else there is, a word per tensor."""
+    """A folder's or file's content. config: config.json or {}; tensors: {our name: LazyTensor}; unused: a word each."""
 
     path: Path
     config: dict = field(default_factory=dict)
@@ -60,7 +59,7 @@ class Checkpoint:
                 self.unused.append(what)
                 continue
             problems = (
-                layouts.refused(name),
+                *(why for pattern, why in layouts.REFUSED.items() if re.fullmatch(pattern, name)),
                 ours is None and "is in no known layout (LLaMA, CLIP, LLaVA, llava-hf)",
                 ours in self.tensors and "comes a second time, under this or another name",
                 kind not in FLOATS and f"is {kind}; expected float32, bfloat16 or float16; if it was quantised, load "
@@ -112,8 +111,7 @@ def open_checkpoint(path_or_hub_id):
 
 
 def add_adapter(checkpoint):
-    """Read adapter_config.json and adapter_model.*, and take in what was trained beside the adapter. (LLAVA.md 6.7)
-    ValueError for adapters of other kinds than LoRA and for halves without the other."""
+    """Take in an adapter and what was trained beside it (LLAVA.md 6.7). ValueError: it is no LoRA, or half of one."""
     folder = checkpoint.path
     config = files.read_json(folder / "adapter_config.json")
     if config.get("peft_type", "LORA") != "LORA":

@@ -104,9 +104,8 @@ def duration(seconds):
 
 
 class Progress:
-    """A line on stderr about work that takes more than a second: `writing: 45 % of 13.48 GB, 310 MB/s, 0:24 left`.
-    total: bytes or other things. On a terminal the line is renewed in place, in a log another comes every ten
-    seconds."""
+    """A line on stderr about work of more than a second: `writing: 45 % of 13.48 GB, 310 MB/s, 0:24 left`. total: bytes
+    or other things (`1,200, 3.1/s`). On a terminal it is renewed in place, in a log it comes every ten seconds."""
 
     def __init__(self, label, total, of_bytes=True):
         self.of_bytes, self.label, self.total, self.done, self.terminal = of_bytes, label, total, 0, sys.stderr.isatty()
@@ -120,6 +119,6 @@ class Progress:
             return
         self.said, rate = now, self.done / (now - self.began)
         left = duration((self.total - self.done) / rate)
-        total = f"{self.total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s" if self.of_bytes else f"{self.total:,}"
-        say(f"{self.label}: {100 * self.done / self.total:.0f} % of {total}, {left} left",
+        total = f"{self.total / 1e9:.2f} GB, {rate / 1e6:.0f} MB" if self.of_bytes else f"{self.total:,}, {rate:,.1f}"
+        say(f"{self.label}: {100 * self.done / self.total:.0f} % of {total}/s, {left} left",
             end="   \r" if self.terminal and not last else "\n")

@@ -9,6 +9,7 @@ base into the delta's config.json, so that `apply` can tell another LLaMA of the
 """
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,8 +38,7 @@ def apply(base, delta, target, max_shard_size=files.SHARD_BYTES, overwrite=False
 
 
 def make(base, delta, target, max_shard_size=files.SHARD_BYTES, overwrite=False):
-    """The reverse: base and target -> a folder `delta` that `apply` turns into target again, up to float16's rounding
-    (exactly where the difference of two numbers was exact)."""
+    """The reverse: base and target -> a folder that `apply` turns into target again, up to float16's rounding."""
     base, target = open_checkpoint(base), open_checkpoint(target)
     if "text_config" in target.config:
         raise ValueError(f"{target.path} is in llava-hf's layout, and deltas are in the original's; first write it so: "
@@ -48,35 +48,29 @@ def make(base, delta, target, max_shard_size=files.SHARD_BYTES, overwrite=False)
 
 
 def combine(base, other, sign):
-    """{our name: LazyTensor} of other + sign * base where both have numbers, of other's where it alone does.
-    ValueError if the two do not belong together; all of it is found in the tables, before a number is read."""
+    """{our name: LazyTensor}: other + sign * base, or other alone. ValueError: they do not belong together."""
     ours, theirs = base.part("language_model"), other.part("language_model")
     for one, two, names in ((base, other, ours.keys() - theirs), (other, base, theirs.keys() - ours)):
         if names:
             raise ValueError(f"{one.path} does not belong to {two.path}, it alone has {files.list_names(names)}; "
                              "use the LLaMA that the delta was made from")
-    wrong = [f"{name} {tuple(ours[name].shape)} and {tuple(tensor.shape)}" for name, tensor in theirs.items()
-             if not fits(name, ours[name].shape, tensor.shape)]
+    wrong = []
+    for name, tensor in theirs.items():
+        a, b = ours[name].shape, tensor.shape
+        if a[1:] != b[1:] or (a > b if name in (EMBEDDING, HEAD) else a != b):  # these two may have more rows
+            wrong.append(f"{name} {tuple(a)} and {tuple(b)}")
     if wrong:
         raise ValueError(f"{base.path} and {other.path} do not belong together, their shapes differ: "
                          f"{files.list_names(wrong)}; use the LLaMA that the delta was made from")
-    return {name: combined(tensor, ours.get(name), sign) for name, tensor in other.tensors.items()}
 
-
-def fits(name, base, other):
-    """Whether base's shape fits other's: it is the same, or for embeddings and head a smaller one."""
-    grows = name in (EMBEDDING, HEAD)
-    return len(base) == len(other) and all(a == b or grows and a < b for a, b in zip(base, other))
-
-
-def combined(other, base, sign):
-    """LazyTensor, float16, of other + sign * base on the part that both have, `other` elsewhere. base may be None."""
-    def read():
-        result = other.read().to(torch.float16, copy=True)
-        if base is not None:
-            result[tuple(map(slice, base.shape))] += sign * base.read().to(torch.float16)
+    def combined(name):
+        result = other.tensors[name].read().to(torch.float16, copy=True)
+        if name in ours:
+            result[: ours[name].shape[0]] += sign * ours[name].read().to(torch.float16)
         return result
-    return files.LazyTensor(other.shape, torch.float16, other.file, read)
+
+    return {name: files.LazyTensor(tensor.shape, torch.float16, tensor.file, partial(combined, name))
+            for name, tensor in other.tensors.items()}
 
 
 def checksum(base):

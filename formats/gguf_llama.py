@@ -36,8 +36,7 @@ CONTROL, USER_DEFINED = 3, 4  # token types
 
 
 def open_gguf(path):
-    """A GGUF file of a LLaMA -> (gguf's reader, {key: value}). Its tensors stay in the file.
-    ValueError if the package is missing, the file is broken or no LLaMA."""
+    """A LLaMA's GGUF file -> (gguf's reader, {key: value}). ValueError: no package gguf, a broken file, no LLaMA."""
     try:
         import gguf
         file = gguf.GGUFReader(path)
@@ -54,8 +53,7 @@ def open_gguf(path):
 
 
 def read(path):
-    """A GGUF file of a LLaMA -> ({Hugging Face name: LazyTensor, float32}, {file name: what becomes its JSON}).
-    ValueError as `open_gguf`, and if its tokenizer is of a kind not known here."""
+    """A LLaMA's GGUF -> ({Hugging Face name: LazyTensor, float32}, {file: its JSON}). ValueError: not known here."""
     file, values = open_gguf(path)
     tensors = dict(named(tensor, values, path) for tensor in file.tensors)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",

@@ -16,8 +16,7 @@ CACHE_DIR = None  # where downloads are kept, train.py's --cache_dir; None: Hugg
 
 
 def find_folder(path_or_hub_id, weights=True):
-    """A local folder as it is; otherwise the files of a Hugging Face id. -> Path
-    weights=False: config and tokenizer are enough. ValueError if there is neither."""
+    """A local folder, or a Hugging Face id's files (weights=False: config, tokenizer) -> Path. ValueError: neither."""
     folder, (repository, revision) = Path(path_or_hub_id), parse(path_or_hub_id)
     if folder.is_dir():
         return folder

@@ -19,11 +19,8 @@ PARTS = {"vision_tower": "vision_tower.", "mm_projector": ("mm_projector.", "ima
 
 
 def inspect(path):
-    """-> dict for JSON: path, layout, parts, not_needed {what: tensors}, config, image_tokens (per picture), conv_mode
-    and why, missing (sentences), tensors {our name: shape, dtype, bytes, file}.
-
-    parts: {name: tensors, parameters, bytes, dtypes, shape (in words)}. What is not known without other files is None.
-    """
+    """-> dict for JSON: path, layout, parts {name: tensors, parameters, bytes, dtypes, shape}, not_needed, config,
+    image_tokens of a picture, conv_mode and why, missing (sentences), tensors {our name: …}; None: not known."""
     if Path(path).suffix == ".gguf":
         return inspect_gguf(path)
     checkpoint = open_checkpoint(path)

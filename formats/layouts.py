@@ -44,7 +44,7 @@ UNUSED = {  # what files hold and no part of LLaVA needs
     "CLIP's text half": r"text_model\..+|(?:text|visual)_projection\.weight|logit_scale",
 }
 
-REFUSED = {  # what no part of LLaVA is made of -> why
+REFUSED = {  # what no part of LLaVA is made of -> why no file with it can be loaded
     r"transformer\.(?:wte|blocks|mm_projector|norm_f)\..+":
         "is an MPT model's, which is not supported; LLaMA and Mistral are",
     r".+\.(?:SCB|absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|qweight|qzeros|g_idx)":
@@ -53,8 +53,7 @@ REFUSED = {  # what no part of LLaVA is made of -> why
 
 
 def our_name(name):
-    """A tensor's name in a file -> its name in `Llava`, or None if no layout that we know has it. What PEFT wraps has
-    its whole old name behind `base_model.model.` (LLAVA.md 6.7)."""
+    """A tensor's name in a file, or behind PEFT's `base_model.model.` -> in `Llava`; None: no layout that we know."""
     matches = ((re.fullmatch(pattern, name.removeprefix("base_model.model.")), ours) for pattern, ours in READ)
     return next((match.expand(ours) for match, ours in matches if match), None)
 
@@ -62,11 +61,6 @@ def our_name(name):
 def unused(name):
     """What a tensor is that LLaVA does not need, in a word or two; None for all others."""
     return next((what for what, pattern in UNUSED.items() if re.fullmatch(pattern, name)), None)
-
-
-def refused(name):
-    """Why a file with a tensor of this name cannot be loaded at all; None for all others."""
-    return next((why for pattern, why in REFUSED.items() if re.fullmatch(pattern, name)), None)
 
 
 def file_name(name, layout):
@@ -121,9 +115,8 @@ def check_numbers(values, where, part=""):
 
 
 def read_config(values, names, where):
-    """config.json as a dict -> LlavaConfig; `vision` is None where the file does not describe the tower.
-    values: the file; names: our names of the folder's tensors; where: the folder, for messages. llava-hf omits what
-    equals transformers' defaults, the original what equals its own (LLAVA.md 6.3, 6.4); both are filled in."""
+    """config.json -> LlavaConfig; `vision` is None where it does not tell. names: our names of the folder's tensors.
+    llava-hf omits transformers' defaults, the original its own (LLAVA.md 6.3, 6.4); both are filled in."""
     kind = values.get("model_type")
     check_numbers(values, where)
     if kind == "llava_next" or kind == "llava" and "text_config" in values:
@@ -188,14 +181,12 @@ def read_vision_config(values, where):
 
 
 def vision_config_of_shapes(shapes):
-    """ClipVisionConfig of a tower that came without config.json; shapes: {our name: tuple}.
-    Shapes do not say how many heads share the width, nor the activation: 64 numbers per head and quick_gelu are
-    OpenAI's choice; 1280 wide is ViT-H, which has 80 and gelu (laion's)."""
+    """ClipVisionConfig of a tower without config.json; shapes: {our name: tuple}, which tell neither heads nor
+    activation: 64 numbers per head and quick_gelu are OpenAI's choice; 1280 wide is laion's ViT-H, 80 and gelu."""
     found = _sizes("vision_tower", shapes)
     width = found.get("hidden_size", ClipVisionConfig.hidden_size)  # without it loading says what is missing
-    huge = width == 1280
-    return ClipVisionConfig(**found, num_attention_heads=width // (80 if huge else 64),
-                            hidden_act="gelu" if huge else "quick_gelu")
+    head, act = (80, "gelu") if width == 1280 else (64, "quick_gelu")
+    return ClipVisionConfig(**found, num_attention_heads=width // head, hidden_act=act)
 
 
 def _check_kind(where, key, kind, known):
@@ -268,9 +259,8 @@ def llava_hf_lacks(config):
 
 
 def llava_hf_config(config, tower, dtype, image_token_index, rows):
-    """config.json in llava-hf's published form, with the original's keys beside it, which transformers lets stand.
-    anyres makes it a llava_next, whose image_grid_pinpoints are (height, width), not (width, height) as the original's.
-    rows: of the embeddings in the file; more than the vocabulary has where `<image>` needed room (weights.save)."""
+    """config.json as llava-hf has it, with the original's keys beside it; anyres makes it a llava_next, whose pinpoints
+    are (height, width). rows: of the embeddings in the file, more than the vocabulary where `<image>` needed room."""
     values = {
         "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "torch_dtype": dtype,
         "text_config": _text(config) | {"vocab_size": rows},

@@ -16,8 +16,7 @@ JINJA = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-
 
 
 def preprocessor_config(image_processor, config):
-    """preprocessor_config.json. CLIPImageProcessor cuts pictures to a square; LlavaImageProcessor can pad them, too;
-    LlavaNextImageProcessor is anyres."""
+    """preprocessor_config.json: CLIPImageProcessor cuts pictures to a square, Llava's pads, LlavaNext's: anyres."""
     values = image_processor.to_dict() | {"processor_class": processor_class(config)}
     if config.image_aspect_ratio == "pad":
         values |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
@@ -42,8 +41,7 @@ def processor_config(config):
 
 
 def add_image_token(files, next_id):
-    """Give the tokenizer in `files` ({name: bytes}, changed in place) an `<image>` token, if it has none. -> its id
-    Both tokenizer.json and tokenizer_config.json list it: fast tokenizers read the one, slow ones the other."""
+    """Give the tokenizer in `files` ({name: bytes}, changed in place) an `<image>` token, if it has none. -> its id"""
     if "tokenizer.json" not in files:
         return next_id
     spec, config = json.loads(files["tokenizer.json"]), json.loads(files.get("tokenizer_config.json", b"{}"))
@@ -61,8 +59,7 @@ def add_image_token(files, next_id):
 
 
 def remove_image_token(files):
-    """The reverse, for the original's layout: take `<image>`, and llava-hf's `<pad>` behind it, out of `files`. -> the
-    rows that the vocabulary keeps, 32000 for LLaMA's; None, and nothing changes, unless these two come last."""
+    """The reverse: take `<image>`, and `<pad>` behind it, out -> rows that are left; None: they do not come last."""
     if "tokenizer.json" not in files:
         return None
     spec = json.loads(files["tokenizer.json"])
@@ -86,9 +83,8 @@ def _without(values, tokens):
 
 
 def chat_template(conv_mode, tokenizer, mm_use_im_start_end=False):
-    """The conversation template as Jinja, for chat_template.jinja: what formats/templates.py renders when a question is
-    asked, in the language that transformers and vLLM run. A message's content is a text, or transformers' list of
-    parts, of which pictures come first as `<image>` lines."""
+    """The conversation template as Jinja: what formats/templates.py renders when a question is asked. A message's
+    content is a text, or transformers' list of parts, of which pictures come first as `<image>` lines."""
     if conv_mode == CHAT:
         return tokenizer.chat_template
     template = TEMPLATES[canonical(conv_mode)]

@@ -26,26 +26,32 @@ BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")  # two records
 
 
 def read_records(paths, seed=42):
-    """Files, several or comma-separated, each a JSON array or one object per line -> their records, in order, read when
-    asked for. `a.json:0.5` is half of a file's records, drawn by `seed`, in the file's order."""
-    paths = [paths] if isinstance(paths, (str, Path)) else paths
-    return ConcatDataset([RecordFile(name, seed) for path in paths for name in str(path).split(",")])
+    """The records of files as for `find_files`, in order, read when asked for; of a share, those that `seed` draws."""
+    return ConcatDataset([RecordFile(path, share, seed) for path, share in find_files(paths)])
 
 
-class RecordFile:
-    """The records of one file: file[i] is read and parsed when asked for. Kept is where each stands, 24 bytes of it, in
-    arrays that a loader's processes share."""
-
-    def __init__(self, name, seed=42):
+def find_files(paths):
+    """Files, several or comma-separated -> [(path, share of its records)]. ValueError: it is not there, no share."""
+    found = []
+    for name in ",".join(map(str, [paths] if isinstance(paths, str | Path) else paths)).split(","):
         head, _, text = name.rpartition(":")
-        self.path, text = (head, text) if os.path.isfile(head) else (name, "1")
+        path, text = (head, text) if os.path.isfile(head) else (name, "1")
         share = float(text) if re.fullmatch(r"\d+\.?\d*|\.\d+", text) else 0
         if not 0 < share <= 1:
             raise ValueError(f"{name}: a share of a file, like 0.5, is a number that is more than 0 and at most 1")
+        if not os.path.exists(path):
+            raise ValueError(f"{path} does not exist; expected a file of records")
+        found.append((path, share))
+    return found
+
+
+class RecordFile:
+    """The records of one file: file[i] is read and parsed when asked for. Kept are 24 bytes each: where it stands."""
+
+    def __init__(self, path, share, seed):
+        self.path = path
         try:
-            self.stamp, places = os.stat(self.path).st_mtime_ns, find_records(self.path)
-        except FileNotFoundError:
-            raise ValueError(f"{self.path} does not exist; expected a file of records") from None
+            self.stamp, places = os.stat(path).st_mtime_ns, find_records(path)
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is not UTF-8 text ({error}); {EXPECTED}") from None
         if not len(places):

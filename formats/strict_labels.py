@@ -20,8 +20,7 @@ BY_ROUND = ("two", "llama_2", "mpt")  # the styles whose rounds are counted, and
 
 
 def rounds(template, prompt):
-    """The rounds that the original can tell apart -> [(round, its beginning up to the answer)], both without the end
-    mark. The first one that has no answer, or seems to have two, ends the list."""
+    """The rounds that the original finds, up to one without its one answer -> [(round, its text before that)]"""
     header = template.roles[1]
     answer = {"two": f" {header}: ", "llama_2": "[/INST] ", "mpt": template.sep + header}[template.style]
     pieces, found = prompt.split(template.sep2), []
@@ -42,8 +41,7 @@ def padding_token(tokenizer):
 
 
 def loses_count(template, prompt, tokenizer):
-    """Whether the original masks this sample whole, told from its text: a mark too many or too few, or the token that
-    it takes for padding."""
+    """Whether the original masks this sample whole, told from its text: a mark too many or too few, or padding."""
     if template.style not in BY_ROUND:
         return False
     padding, whole = padding_token(tokenizer), "".join(piece + template.sep2 for piece, _ in rounds(template, prompt))
@@ -52,10 +50,8 @@ def loses_count(template, prompt, tokenizer):
 
 def strict_labels(template, rendered, ids, encode, shows, tokenizer, model_max_length=None):
     """The original's labels -> (labels, mismatch); mismatch: True where it masks the sample because the sum is wrong.
-
-    ids: of the prompt, cut at model_max_length if the record has no picture; encode: text -> ids with BOS, as the
-    prompt's were made; shows: whether it has one, which decides how style single counts. For the style mpt the sum is
-    that of LLaVA 1.1: 1.2's own is wrong for every tokenizer (LLAVA.md 2.5)."""
+    ids: of the prompt, cut at model_max_length if the record has no picture; encode: text -> ids with BOS; shows:
+    whether it has one. For mpt the sum is LLaVA 1.1's: 1.2's is wrong for every tokenizer (LLAVA.md 2.5)."""
     labels, padding, place = list(ids), tokenizer.token_to_id(padding_token(tokenizer) or ""), 0
 
     def real(ids):

@@ -21,6 +21,7 @@ stands in the prompt if it writes one. Learned is each answer through the specia
     <|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n        learned: "a<|im_end|>"
 """
 
+import json
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
@@ -40,20 +41,8 @@ EMPTY_ANSWER = "empty answer"
 S_USER = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
           "detailed, and polite answers to the user's questions.")
 S_HUMAN = S_USER.replace("user", "human")
-ABLE = ("able to understand the visual content that the user provides, and assist the user with a variety of tasks "
-        "using natural language.")
-S_MMTAG = (f"A chat between a curious user and an artificial intelligence assistant. The assistant is {ABLE}The visual "
-           "content will be provided with the following format: <Image>visual content</Image>.")
-S_LLAVA2 = f"You are a helpful language and vision assistant. You are {ABLE}"
-S_LLAMA2 = ("You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
-            "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or "
-            "illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a "
-            "question does not make any sense, or is not factually coherent, explain why instead of answering "
-            "something not correct. If you don't know the answer to a question, please don't share false information.")
-S_MPT = ("<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. The assistant gives helpful "
-         "and honest answers.")
-EXAMPLE = ((0, "What are the key differences between renewable and non-renewable energy sources?"),
-           (1, Path(__file__).with_name("v0_example.txt").read_text(encoding="utf-8")))
+SENTENCES = json.loads(Path(__file__).with_name("sentences.json").read_text(encoding="utf-8"))  # of the other templates
+EXAMPLE = (*enumerate(SENTENCES["example"]),)
 
 
 @dataclass(frozen=True)
@@ -78,15 +67,15 @@ TEMPLATES = {
     "plain": Template("plain", sep2="\n"),
     "v1": Template("two", S_USER, USER, " ", "</s>"),
     "llava_v1": Template("two", S_HUMAN, USER, " ", "</s>"),
-    "v1_mmtag": Template("two", S_MMTAG, USER, " ", "</s>", MMTAG),
+    "v1_mmtag": Template("two", SENTENCES["S_MMTAG"], USER, " ", "</s>", MMTAG),
     "v0": Template("single", S_HUMAN, HUMAN, "###", "###", example=EXAMPLE),
     "llava_v0": Template("single", S_HUMAN, HUMAN, "###", "###"),
-    "v0_mmtag": Template("single", S_MMTAG, HUMAN, "###", "###", MMTAG),
-    "llama_2": Template("llama_2", S_LLAMA2, USER, "<s>", "</s>"),
-    "llava_llama_2": Template("llama_2", S_LLAVA2, USER, "<s>", "</s>"),
+    "v0_mmtag": Template("single", SENTENCES["S_MMTAG"], HUMAN, "###", "###", MMTAG),
+    "llama_2": Template("llama_2", SENTENCES["S_LLAMA2"], USER, "<s>", "</s>"),
+    "llava_llama_2": Template("llama_2", SENTENCES["S_LLAVA2"], USER, "<s>", "</s>"),
     "mistral_instruct": Template("llama_2", "", USER, "", "</s>"),
     "chatml_direct": Template("mpt", "<|im_start|>system\nAnswer the questions.", *CHATML),
-    "mpt": Template("mpt", S_MPT, *CHATML),
+    "mpt": Template("mpt", SENTENCES["S_MPT"], *CHATML),
 }
 ALIASES = {"vicuna_v1": "v1", "v0_plain": "plain", "default": "v0", "mistral_direct": "chatml_direct",
            "template_v0": "llava_v0"}  # trained alike; but asked without v0's example, which shows no picture
@@ -115,20 +104,18 @@ def canonical(name):
 
 def of_version(version):
     """`--version` as training takes it -> (template's name, what should be said about it or None). v0 and v0.5 have
-    chosen no template since LLaVA 1.1.3: what they train is v1's text, v0 with the token `[PAD]` where the tokenizer
-    names none (LLAVA.md 5.1). The text of LLaVA's first models is template_v0."""
+    chosen no template since LLaVA 1.1.3: they train v1's text, v0 with `[PAD]` where none is named (LLAVA.md 5.1)."""
     name = canonical(VERSIONS.get(version, version))
     warning = (f"WARNING: --version {version} trains the text of {name}, as in the original; what LLaVA v0 was "
                "trained with is --version template_v0")
     return name, warning if version in ("v0", "v0.5") else None
 
 
-def choose_conv_mode(config, tokenizer):
-    """Which template a model speaks -> (name, why). Decided by content, in this order (DESIGN.md, rule 3). config:
-    LlavaConfig, whose conv_mode (asked for by the user, or from config.json) goes first; tokenizer: Tokenizer, or None
-    where there is none. ValueError for a name that is not in the table."""
+def choose_conv_mode(config, tokenizer, asked=False):
+    """Which template a model speaks -> (name, why), decided by content (DESIGN.md, rule 3). config: LlavaConfig, whose
+    conv_mode (the user has `asked` for it, or it is config.json's) goes first; tokenizer: Tokenizer or None."""
     if config.conv_mode:
-        return canonical(config.conv_mode), "as asked for, or as config.json says"
+        return canonical(config.conv_mode), "as asked for" if asked else "as config.json says"
     # A vision processor's chat template, which wants a message as a list of parts, passes over mere text.
     if tokenizer and tokenizer.chat_template and "pumice" in _apply_chat(tokenizer, [(0, "pumice")], True):
         return CHAT, "the tokenizer brings one"
@@ -151,12 +138,9 @@ def show_pictures(conv_mode, text, mm_use_im_start_end=False):
 
 
 def render(conv_mode, messages, tokenizer=None, open=False):
-    """Messages [(role, text)] -> Rendered.
-
-    Roles are human and gpt in turn; a first message from gpt is left out, as the original does. Only the style single,
-    in training, takes all messages as they come. open=True: the prompt ends with the header of the answer that is to be
-    generated. The tokenizer is needed for "chat_template" only. ValueError, naming the turn, for what cannot be said.
-    """
+    """Messages [(role, text)] -> Rendered. Roles are human and gpt in turn; a first message from gpt is left out, as in
+    the original; the style single, in training, takes all as they come. open=True: the prompt ends with the header of
+    the answer to come. tokenizer: for "chat_template" only. ValueError, naming the turn, for what cannot be said."""
     conv_mode = canonical(conv_mode)
     template = TEMPLATES.get(conv_mode, Template(CHAT))
     if template.style == "plain":
@@ -203,8 +187,7 @@ def stop(conv_mode, tokenizer):
 
 
 def frame(template):
-    """What stands around the texts of a conversation -> {"head": of the prompt, "question", "answer": (header, before,
-    after), "first": before the first question}."""
+    """What goes around texts -> {"head": once, "question", "answer": (header, before, after), "first": before one}"""
     if template.style == "llama_2":  # the first <s> is the tokenizer's
         system = f"<<SYS>>\n{template.system}\n<</SYS>>\n\n" if template.system else ""
         return {"head": "", "first": f"[INST] {system}", "question": ("", f"{template.sep}[INST] ", " [/INST]"),
@@ -216,8 +199,7 @@ def frame(template):
 
 
 def render_turns(template, messages):
-    """Styles two, llama_2, mpt, and single when asked. An empty text leaves only the header: the original takes it for
-    an answer yet to come."""
+    """Styles two, llama_2, mpt, and single when asked. Of an empty text only the header: an answer yet to come."""
     if template.style == "llama_2" and messages and not messages[0][1]:
         raise ValueError("empty first question: this template puts its system sentence there; expected a text")
     around = frame(template)
@@ -262,8 +244,7 @@ def _render_plain(template, messages, open):
 
 
 def _render_chat(messages, tokenizer, open):
-    """Learned is each answer through its end-of-turn token, found by rendering the conversation's beginnings: an answer
-    starts where the prompt that asks for it ends."""
+    """Learned is each answer through its end-of-turn token; it starts where the prompt that asks for it ends."""
     if not tokenizer.chat_template:
         raise ValueError("no chat template: the tokenizer has none; use --version with one of LLaVA's templates")
     prompt, learned = _apply_chat(tokenizer, messages, open), []

@@ -21,12 +21,9 @@ PATCH = "<im_patch>"
 
 
 def missing_tokens(tokenizer, values, start_end, rows, pad_token=None, patch=False):
-    """The tokens that LLaVA would add to this tokenizer. -> list, in the order of their ids
-
-    values: config.json, where no `mm_use_im_patch_token` beside the original's other keys means True; start_end:
-    whether pictures stand between <im_start> and <im_end>; rows: of the embeddings; pad_token: one to be added where
-    the tokenizer names none, or None; patch: whether `<im_patch>` is to be added whatever there is room for.
-    """
+    """The tokens that LLaVA would add to this tokenizer, in the order of their ids. values: config.json, where no
+    `mm_use_im_patch_token` beside the original's other keys means True; start_end: <im_start> and <im_end>; rows: of
+    the embeddings; pad_token: where the tokenizer names none; patch: `<im_patch>`, whatever there is room for."""
     pad = [pad_token] if pad_token and tokenizer.pad_token_id is None else []
     named = values.get("mm_use_im_patch_token", "mm_hidden_size" in values or "mm_vision_tower" in values)
     wanted = pad + [PATCH] * bool(patch or named) + [*START_END] * bool(start_end)
@@ -44,13 +41,11 @@ def grow(weight, rows, trained=None):
 
 
 def add_rows(tensors, tokens, trained, rows, where):
-    """Give new tokens their rows, in place: tensors {our name: LazyTensor}. trained: a projector file's embeddings,
-    (2, D) or whole, or None. (LLAVA.md 1.4, step 2.)"""
+    """Give new tokens rows, in place (LLAVA.md 1.4). trained: a projector file's embeddings, (2, D), all or None."""
     before, width = tensors[EMBEDDING].shape
     if trained is not None and not (tokens[-2:] == [*START_END] and trained.shape in ((2, width), (rows, width))):
         raise ValueError(f"{trained.file} holds embeddings {tuple(trained.shape)} for {' and '.join(START_END)}, but "
-                         f"{where} takes (2, {width}) or ({rows}, {width}); use the language model that the projector "
-                         "was trained with")
+                         f"{where} takes (2, {width}) or ({rows}, {width}); use the projector's own language model")
     for name in {EMBEDDING, HEAD} & tensors.keys():
         tensors[name] = grow(tensors[name], rows, trained if name == EMBEDDING else None)
     say(f"{where}: {', '.join(tokens)} get the rows {before}-{rows - 1}, the mean of the others"

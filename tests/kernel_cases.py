@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from kernels import attention, cross_entropy, elementwise, nf4
+from kernels import attention, cross_entropy, elementwise, lora, nf4
 from model import IMAGE_TOKEN_INDEX, LlamaConfig, Llava, LlavaConfig
 from vision import ClipVisionConfig
 
@@ -60,18 +60,25 @@ def check_attention(lengths, heads, group, dim, causal, dtype, device="cpu", see
         close(mine, right, dtype, f"{name} of {lengths}, seed {seed}")
 
 
-def check_decoding(lengths, heads, group, dim, dtype, device="cpu", room=9):
-    """One query per sequence against a cache with more cells than are looked at, all of them full of numbers."""
-    q = numbers(len(lengths), heads, dim, dtype=dtype, device=device, seed=0)
-    cells = max(lengths) + room
-    cache = numbers(2, len(lengths), cells, heads // group, dim, dtype=dtype, device=device, seed=1)
-    keys, values = cache[:, :, : max(lengths)]
-    out = attention.attend_to_cache(q, keys, values, torch.tensor(lengths, device=device))
+def check_decoding(lengths, heads, group, dim, dtype, device="cpu", new=1):
+    """The last `new` rows of each sequence against a pool of cells, all of them full of numbers, in which the sequences
+    lie in another order and apart."""
+    begins, cells = [], 3
+    for length in lengths[::-1]:
+        begins, cells = [cells, *begins], cells + length + 9
+    q = numbers(new * len(lengths), heads, dim, dtype=dtype, device=device, seed=0)
+    keys, values = numbers(2, cells, heads // group, dim, dtype=dtype, device=device, seed=1)
+    seen = [length - new + 1 + i for length in lengths for i in range(new)]
+    starts = torch.tensor(begins, device=device).repeat_interleave(new)
+    starts = torch.stack([starts, starts], 1)[:, 0]  # a column of a table, whose numbers do not lie side by side
+    out = attention.attend_to_cache(q, keys, values, starts, torch.tensor(seen, device=device))
+    longer = attention.attend_to_cache(q, keys, values, starts, torch.tensor(seen, device=device), 2 * max(seen))
     assert out.dtype == dtype
-    for b, length in enumerate(lengths):
-        queries = q[b].expand(length, heads, dim)  # the last of them sees everything
-        right = exact_attention(queries, keys[b, :length], values[b, :length], [length], True)[-1]
-        close(out[b], right, dtype, f"sequence {b}")
+    for t, (start, length) in enumerate(zip(starts.tolist(), seen)):
+        queries, own = q[t].expand(length, heads, dim), slice(start, start + length)  # the last of them sees all
+        right = exact_attention(queries, keys[own], values[own], [length], True)[-1]
+        close(out[t], right, dtype, f"row {t}")
+        close(longer[t], right, dtype, f"row {t}, made for longer ones")
 
 
 def check_loss(rows, vocabulary, dtype, device="cpu", seed=0):
@@ -129,6 +136,24 @@ def check_elementwise(name, rows, width, dtype, device="cpu"):
         close(mine, right, dtype, f"{name} {rows} x {width}")
 
 
+def check_rotate_into(rows, heads, kv_heads, dim, dtype, device="cpu"):
+    """q, and the cells that are written, are those of the formula; no other cell is touched. q, k and v are columns of
+    one matrix, as a joined projection leaves them."""
+    wide = numbers(rows, heads + 2 * kv_heads, dim, dtype=dtype, device=device, seed=0)
+    q, k, v = wide.split([heads, kv_heads, kv_heads], 1)
+    angle = numbers(rows, 1, dim // 2, dtype=dtype, device=device, seed=1).repeat(1, 1, 2)
+    keys, values = numbers(2, 3 * rows + 2, kv_heads, dim, dtype=dtype, device=device, seed=2)
+    cells = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))[:rows].to(device)
+    before, tables = (keys.clone(), values.clone()), (angle.cos(), angle.sin())
+    turned = elementwise.rotate_into(q, k, v, *tables, keys, values, cells)
+    assert turned.dtype == dtype and turned.is_contiguous()
+    close(turned, exact_turn(q.double(), *(x.double() for x in tables)), dtype, "q")
+    close(keys[cells], exact_turn(k.double(), *(x.double() for x in tables)), dtype, "k")
+    assert torch.equal(values[cells], v)
+    keys[cells], values[cells] = before[0][cells], before[1][cells]
+    assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
+
+
 def check_decoding_of_4_bits(shape, kind, double_quant, dtype, device="cpu"):
     """The same bits as the reference's on a CPU."""
     weight = numbers(*shape, dtype=torch.float32, device="cpu", seed=0)
@@ -141,14 +166,68 @@ def check_decoding_of_4_bits(shape, kind, double_quant, dtype, device="cpu"):
     assert torch.equal(found.cpu(), both.view(-1)[: weight.numel()].view(shape).to(dtype))
 
 
-def check_few_rows(rows, shape, kind, double_quant, dtype, device="cpu"):
-    """x W^T of the decoded matrix, in float64."""
-    parts = nf4.encode(numbers(*shape, dtype=torch.float32, device=device, seed=0), kind, double_quant)
-    weight = nf4.decode(kind, *parts, torch.empty(shape, device=device))
+def check_few_rows(rows, shape, kind, double_quant, dtype, device="cpu", planar=False):
+    """x W^T of the decoded matrix, in float64; twice the same bits. planar: its codes are laid in planes."""
+    codes, *scales = nf4.encode(numbers(*shape, dtype=torch.float32, device=device, seed=0), kind, double_quant)
+    weight = nf4.decode(kind, codes, *scales, torch.empty(shape, device=device))
+    if planar:
+        codes = nf4.planar(codes)
+        assert torch.equal(weight, nf4.decode(kind, codes, *scales, torch.empty(shape, device=device)))
     x = numbers(rows, 1, shape[1], dtype=dtype, device=device, seed=1)
-    found = nf4.few_rows(x, kind, *parts, shape)
+    found = nf4.few_rows(x, kind, codes, *scales, shape)
     assert found.dtype == dtype and found.shape == (rows, 1, shape[0])
     close(found, x.double() @ weight.double().t(), dtype, f"{rows} rows of {shape}")
+    assert torch.equal(found, nf4.few_rows(x, kind, codes, *scales, shape))
+
+
+def check_joined(rows, widths, kind, double_quant, dtype, device="cpu", planar=False):
+    """x W^T of matrices that are joined is that of each, and each comes back bit for bit."""
+    weights = [(i + 1) * numbers(width, 128, dtype=torch.float32, device=device, seed=i) + i
+               for i, width in enumerate(widths)]
+    parts = [nf4.encode(weight, kind, double_quant) for weight in weights]
+    codes, *scales = nf4.join(parts)
+    codes, shape = nf4.planar(codes) if planar else codes, (sum(widths), 128)
+    weights = [nf4.decode(kind, *part, torch.empty(width, 128, device=device)) for part, width in zip(parts, widths)]
+    whole = nf4.decode(kind, codes, *scales, torch.empty(shape, device=device))
+    assert torch.equal(whole, torch.cat(weights))
+    for i, part in enumerate(parts):
+        for mine, right in zip(nf4.part_of((codes, *scales), widths, i), part):
+            assert mine is right is None or torch.equal(mine, right)
+    x = numbers(rows, 128, dtype=dtype, device=device, seed=9)
+    if (found := nf4.few_rows(x, kind, codes, *scales, shape)) is not None:  # that is, with Triton
+        close(found, x.double() @ whole.double().t(), dtype, f"{rows} rows")
+    return found
+
+
+def check_lora(rows, width, rank, dropout, dtype, device="cpu", out=24):
+    """Result and gradients are those of the formula in float64 under the mask that the kernels draw, which is read off
+    with ones and an A that is the identity; twice the same bits."""
+    def made(*shape, seed):
+        return numbers(*shape, dtype=dtype, device=device, seed=seed)
+
+    def mask_of(first, last, seed=5):  # narrow takes so many columns of A at a time
+        eye = torch.eye(width, dtype=dtype, device=device)[first:last]
+        return lora.narrow(torch.ones(rows, width, dtype=dtype, device=device), eye, dropout, seed)
+
+    x, A, B, weight = made(rows, width, seed=0), made(rank, width, seed=1), made(out, rank, seed=2), made(
+        out, width, seed=3)
+    bias, grad = made(out, seed=4), made(rows, out, seed=6)
+    leaves = [[tensor.detach().clone().requires_grad_() for tensor in (x, A, B, bias)] for _ in range(2)]
+    runs = []
+    for x1, A1, B1, bias1 in leaves:
+        y = lora.lora_linear(x1, lambda: weight, bias1, A1, B1, 0.5, dropout, 5)
+        runs.append([y.detach(), *torch.autograd.grad(y, (x1, A1, B1, bias1), grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+    ranges = [(at, min(at + 128, width)) for at in range(0, width, 128)]
+    mask = torch.cat([mask_of(*part) for part in ranges], 1).double()
+    assert set(mask.unique().tolist()) <= {0, 1} and abs(mask.mean().item() - 1 + dropout) < 3 / mask.numel() ** 0.5
+    exact = [tensor.double().requires_grad_() for tensor in (x, A, B, bias)]
+    x2, A2, B2, bias2 = exact
+    right = x2 @ weight.double().t() + bias2 + 0.5 / (1 - dropout) * (mask * x2) @ A2.t() @ B2.t()
+    for name, mine, other in zip(("y", "dx", "dA", "dB", "db"), runs[0], (
+            right.detach(), *torch.autograd.grad(right, exact, grad.double()))):
+        assert mine.dtype == dtype
+        close(mine, other, dtype, f"{name} of {rows} x {width}, rank {rank}")
 
 
 def close(mine, right, dtype, name):
@@ -164,7 +243,7 @@ def close(mine, right, dtype, name):
 def tiny(device="cpu", hidden_size=32, intermediate_size=48, **text):
     """A LLaVA whose tower shows 4 patches, and a batch of three sequences with two pictures."""
     torch.manual_seed(0)
-    config = LlamaConfig(97, hidden_size, intermediate_size, 2, 4, 2, **text)
+    config = LlamaConfig(97, hidden_size, intermediate_size, 2, 4, **{"num_key_value_heads": 2} | text)
     model = Llava(LlavaConfig(config, ClipVisionConfig(24, 48, 3, 4, 3, 14, 7), "mlp2x_gelu")).to(device)
     picture = [IMAGE_TOKEN_INDEX] * 4
     sequences = [[1, *picture, *range(5, 15)], [7], [2, 3, *picture, 40]]

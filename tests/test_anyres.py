@@ -17,6 +17,7 @@ import data
 import sample
 from formats import layouts
 from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaConfig
+from sampling import looking
 from vision import (
     NEWLINE,
     ClipVisionConfig,
@@ -308,10 +309,8 @@ def test_answers_equal_transformers_in_a_batch(tiny_next, pictures):
                                  suppress_tokens=list(range(400, 464)))
         assert answer.token_ids == tokens[0, len(batch.input_ids):].tolist()
         if names:
-            maps = sample.picture_attention(loaded, request, answer)
-            assert [len(m) for m in maps] == [loaded.config.tokens_of(size) for size in batch.image_sizes]
-            for name, attention in zip(names, maps):
-                assert sample.light_up(loaded, pictures / name, attention, side=56).size == (112, 56)
+            maps = looking.picture_attention(loaded, sample.encode(loaded, request), answer.token_ids)
+            assert [m.shape for m in maps] == [(6, loaded.config.tokens_of(size)) for size in batch.image_sizes]
 
 
 def test_heat_maps_put_every_place_where_it_is(tiny_next):
@@ -321,9 +320,27 @@ def test_heat_maps_put_every_place_where_it_is(tiny_next):
     attention[3 * SIDE + 2] = 1.0  # row 3, column 2 of the squashed whole
     attention[SIDE**2 + 5 * (2 * SIDE + 1) + 9] = 2.0  # row 5, column 9 across the tiles, a newline behind each row
     attention[order == NEWLINE] = 9.0  # attention to a newline is nowhere in the picture
-    whole, tiles = sample.heat_maps(config, size, attention)
+    whole, tiles = looking.heat_maps(config, size, attention)
     assert whole[3, 2] == SIDE**2 and (whole > 0).sum() == 1
     assert tiles.shape == (12, 14) and tiles[5, 9] == 2 * 12 * 14 and (tiles > 0).sum() == 1
+
+
+def test_a_mere_line_is_shown_as_one(tiny_next):
+    loaded, line = load(tiny_next, device="cpu"), Image.new("RGB", (2000, 3))
+    seen = looking.as_seen(loaded, line, 160)
+    lit, = looking.light_up(loaded.config, [seen], [line], [torch.ones(loaded.config.tokens_of((3, 2000)))])
+    assert lit.size == (160, 1)
+
+
+def test_a_lit_tile_stands_where_it_is_in_the_picture(tiny_next):
+    loaded = load(tiny_next, device="cpu")
+    wide, attention = Image.new("RGB", (168, 40), "white"), torch.zeros(loaded.config.tokens_of((40, 168)))
+    attention[SIDE**2 + 3 * (3 * SIDE + 1) + 15] = 1.0  # row 3 of 5 (20 of 28 pixels), column 15 of three tiles' 21
+    seen = looking.as_seen(loaded, wide, 336)
+    lit, = looking.light_up(loaded.config, [seen], [wide], [attention])
+    assert seen.size == lit.size == (336, 80)  # not squashed
+    left, top, right, bottom = lit.convert("L").point(lambda value: 255 * (value > 200)).getbbox()
+    assert ((left + right) / 2, (top + bottom) / 2) == pytest.approx((336 * 15.5 / 21, 80 * 3.5 / 5), abs=2)
 
 
 # -------------------------------------------------------------------------------------------------------------- files

@@ -92,6 +92,7 @@ RECORDS = {
     "more pictures than tags": (record("x7", ["a.png", "b.png"], ASK, TELL), ["`image` lists 2", "has 1 <image>"]),
     "fewer pictures than tags": (record("x7", ["a.png"], ASK, TELL, ASK, TELL), ["lists 1", "has 2 <image>"]),
     "image is no name": (record("x7", 5, ASK, TELL), ["image is no file name", "expected a string or a list"]),
+    "half a surrogate pair": (record("x7", "a.png", ASK, ("gpt", "Red \ud83d")), ["half a surrogate", "character 4"]),
 }
 
 
@@ -128,6 +129,12 @@ def test_a_data_file_that_is_none(train_refusal, tmp_path, content, expected):
 
 def test_a_wrong_image_folder(train_refusal):
     assert "check --image_folder" in train_refusal(image_folder="nowhere")
+
+
+@pytest.mark.parametrize("flag", ["data_path", "eval_data_path", "image_folder"])
+def test_paths_are_looked_at_before_the_model_is_loaded(train_refusal, monkeypatch, flag):
+    monkeypatch.setattr(train, "build_model", lambda *_: pytest.fail("the model was loaded"))
+    assert "nowhere" in train_refusal(**{flag: "nowhere"})
 
 
 # --------------------------------------------------------------------------------------------------------------- models

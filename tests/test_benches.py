@@ -49,7 +49,8 @@ def test_rows_as_table_json_and_picture(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("row", ["attention_llava", "attention_tower", "attention_2048_backward", "attention_cache_16",
-                                 "loss_stage1", "rms_norm", "swiglu", "rotate", "blocks_forward"])
+                                 "loss_stage1", "rms_norm", "swiglu", "rotate", "nf4_1_row_planar", "lora_dropout",
+                                 "blocks_forward"])
 def test_rows_of_kernels_run_at_toy_size_and_both_sides_agree(row):
     found = gpu.ROWS[row](smoke=True)
     assert found["ours"] > 0 and found["peer"] > 0 and found["error"] < 1e-5 and found["peers"]
@@ -146,6 +147,13 @@ def test_memory_of_a_step_is_what_its_tensors_take():
     p = torch.nn.Parameter(torch.zeros(4))
     side = training.Side(lambda batch: Loss.apply(p), [p], torch.optim.SGD([p]))
     assert training.allocated(side, None) == pytest.approx(4 * 2**20, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode_bf16", "decode_int8", "batch_16"])
+def test_rows_of_answers_compare_the_same_model(name):
+    """As far as bfloat16, and int8, can tell; the scores' standard deviation is 12."""
+    row = benches.ROWS["cpu"][name](True)
+    assert row["ours"] > 0 and row["peer"] > 0 and row["error"] < (1.5 if "int8" in name else 0.5)
 
 
 @pytest.mark.parametrize("name", ["pipeline", "startup"])

@@ -91,7 +91,7 @@ def course(out):
 
 def names(out):
     """The checkpoints of a run."""
-    return [folder.name for folder in checkpoint.checkpoints(out)]
+    return [folder.name for folder in checkpoint.checkpoints(out).values()]
 
 
 def assert_same_run(one, other):

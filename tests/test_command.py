@@ -1,6 +1,10 @@
 """Every door's manner: flags with dashes or underscores, booleans, one line and exit status 2 for a mistake."""
 
+import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +132,12 @@ def test_exit_status_is_what_main_returns(returned, status):
     with pytest.raises(SystemExit) as stopped:
         command.run(lambda: returned)
     assert stopped.value.code == status
+
+
+@pytest.mark.parametrize("door", ["train", "data", "weights", "sample"])
+def test_ctrl_c_while_imports_run_leaves_no_traceback(door, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    root = Path(command.__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, root / f"{door}.py", "--help"], capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

@@ -182,6 +182,27 @@ def test_loss_is_the_mean_over_learned_tokens_whatever_the_batch(judge, loaded, 
     assert row["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 9])
+def test_ranks_share_the_batches_and_agree(judge, scenes, ranks):
+    """Every rank learns what one alone finds, and computes as many batches as the others (5 of them on 2, 3, 9 ranks:
+    3, 2, 1 each), also where one has nothing to learn or a broken picture."""
+    (scenes / "bad.png").write_bytes(b"no picture")
+    records = [question("bad", "bad.png", "red"), *COLOURED, *(question(f"empty{i}", "a.png", "") for i in range(4))]
+    flags = {"eval_generate": 0, "on_bad_image": "skip"}
+    alone = judge(*records, **flags)
+    expected, noted = alone.loss(alone.sets["held_out"]), alone.sets["held_out"].notes
+    counts, found = [0] * ranks, [[] for _ in range(ranks)]
+    for last in False, True:  # first what each of them has for the others is collected
+        for rank in range(ranks):
+            made = judge(*records, **flags)
+            made.place = rank, ranks
+            made.gather = lambda own, rank=rank: found.__setitem__(rank, own) or [x or own for x in found]
+            made.pause = lambda rank=rank: counts.__setitem__(rank, counts[rank] + 1)
+            loss = made.loss(made.sets["held_out"])
+            assert not last or (loss == expected and made.sets["held_out"].notes == noted)
+    assert counts == [2 * -(-5 // ranks)] * ranks and len(noted) == 2
+
+
 def test_what_is_wrong_with_held_out_records_is_passed_over_when_asked(judge, scenes, capsys, tmp_path, rigged):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     records = [question("broken", str(tmp_path / "bad.png"), "red"), question("missing", "none.png", "red"),

@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each room imports only from those before it.
 ROOMS = ["kernels", "projector", "tokenizer", "vision", "quant", "lora", "model", "formats", "weights", "data",
-         "sample", "training", "train", "evals", "serving", "miniature", "benches"]
+         "sampling", "sample", "training", "train", "evals", "serving", "miniature", "benches"]
 TOP = {"projector", "tokenizer", "vision", "quant", "lora", "model", "weights", "data", "sample", "train"}
-CORE = TOP | {"formats", "training"}
+CORE = TOP | {"formats", "sampling", "training"}
 RUN_TIME = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "huggingface_hub", "triton", "jinja2"}
 ON_REQUEST = {"gguf", "wandb", "tensorboard"}  # imported inside the function that was asked for it
 FILES = sorted([*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).glob("**/*.py"))])

@@ -1,11 +1,13 @@
 """kernels/: Triton's kernels equal their references; which of them runs; what they are compiled to."""
 
+import itertools
 import os
 import random
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,15 +19,19 @@ from kernel_cases import (
     check_decoding_of_4_bits,
     check_elementwise,
     check_few_rows,
+    check_joined,
+    check_lora,
     check_loss,
+    check_rotate_into,
     exact_attention,
     results,
     tiny,
     with_gradients,
 )
 
+import quant
 import sample
-from kernels import attention, choice, elementwise
+from kernels import attention, choice, elementwise, linear, nf4
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = {"odd": [5, 1, 33], "llava": [590, 1500, 640, 31], "tower": [577] * 5}  # of sequences, on a GPU
@@ -49,12 +55,19 @@ def test_kernels_equal_float64_in_tritons_interpreter():
 # ---------------------------------------------------------------------------------------------------------- the choice
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_decoding_turns_and_writes(dtype):
+    check_rotate_into(3, 6, 2, 16, dtype)
+
+
 def test_rules_are_read_in_order_and_checked():
     assert set(choice.rules("").values()) == {"auto"}
     assert set(choice.rules("reference").values()) == {"reference"}
     found = choice.rules("triton, attention=reference")
     assert found.pop("attention") == "reference" and set(found.values()) == {"triton"}
-    for wrong in ("fast", "attentoin=triton", "attention=", "=triton,x"):
+    found = choice.rules("reference,nf4=planar")
+    assert found.pop("nf4") == "planar" and set(found.values()) == {"reference"}
+    for wrong in ("fast", "planar", "attention=planar", "attentoin=triton", "attention=", "=triton,x"):
         with pytest.raises(ValueError, match=f"PUMICE_KERNELS={wrong}: expected auto, triton, reference"):
             choice.rules(wrong)
 
@@ -76,6 +89,16 @@ def test_the_wish_for_triton_without_its_means_is_an_error(monkeypatch):
     monkeypatch.setattr(choice, "triton", object())
     with pytest.raises(ValueError, match="tensors are on cpu: on a CPU, set TRITON_INTERPRET=1"):
         attention.attention(x, x, x, attention.Packing(torch.tensor([0, 3])), True)
+
+
+def test_the_wish_for_planes_is_one_for_triton(monkeypatch):
+    rules = choice.rules("nf4=planar")
+    monkeypatch.setattr(choice, "rules", lambda: rules)
+    monkeypatch.setattr(choice, "triton", SimpleNamespace(__version__="3"))
+    assert choice.describe("cpu").startswith("kernels on cpu: Triton 3 for nf4 in planes; PyTorch for attention,")
+    parts = nf4.encode(torch.ones(4, 128), "nf4")
+    with pytest.raises(ValueError, match="asks for Triton's nf4, but its tensors are on cpu"):
+        nf4.few_rows(torch.ones(2, 128), "nf4", *parts, (4, 128))
 
 
 @pytest.mark.parametrize("q, k, v, sentence", [
@@ -105,13 +128,14 @@ def test_lengths_that_do_not_add_up_are_refused(cu_seqlens):
         attention.Packing(torch.tensor(cu_seqlens))
 
 
-@pytest.mark.parametrize("q, keys, lengths, sentence", [
-    ((2, 4, 8), (2, 7, 3, 8), 2, r"keys \(2, 7, 3, 8\)"), ((2, 4, 8), (3, 7, 2, 8), 2, r"keys \(3, 7, 2, 8\)"),
-    ((2, 4, 8), (2, 7, 2, 8), 3, r"lengths \(3,\)"), ((2, 4, 8), (2, 7, 8), 2, r"keys \(2, 7, 8\)")])
-def test_a_cache_that_does_not_fit_is_refused(q, keys, lengths, sentence):
-    cells = torch.zeros(keys)
+@pytest.mark.parametrize("q, keys, starts, lengths, sentence", [
+    ((2, 4, 8), (7, 3, 8), 2, 2, r"keys \(7, 3, 8\)"), ((2, 4, 8), (7, 2, 16), 2, 2, r"keys \(7, 2, 16\)"),
+    ((2, 4, 8), (7, 2, 8), 2, 3, r"lengths \(3,\)"), ((2, 4, 8), (7, 2, 8), 3, 2, r"starts \(3,\)"),
+    ((2, 4, 8), (7, 16), 2, 2, r"keys \(7, 16\)")])
+def test_a_cache_that_does_not_fit_is_refused(q, keys, starts, lengths, sentence):
+    cells, starts, lengths = torch.zeros(keys), *(torch.ones(n, dtype=torch.int64) for n in (starts, lengths))
     with pytest.raises(ValueError, match=sentence):
-        attention.attend_to_cache(torch.zeros(q), cells, cells, torch.ones(lengths, dtype=torch.int64))
+        attention.attend_to_cache(torch.zeros(q), cells, cells, starts, lengths)
 
 
 def test_elementwise_shapes_and_dtypes_that_do_not_fit_are_refused():
@@ -136,6 +160,109 @@ def test_verbose_says_which_kernels_compute(capsys, tmp_path, tiny_llava):
     run_train(tmp_path / "out", stage="pretrain", model_name_or_path=tiny_llava, data_path=tmp_path / "captions.json",
               image_folder=tmp_path, max_steps=1, save_strategy="no", verbose=True)
     assert choice.describe("cpu") in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------- 4 bits in planes
+
+
+@pytest.mark.parametrize("shape", [(3, 128), (5, 640), (2, 4096)])
+def test_planes_hold_the_same_codes_and_are_undone_bit_for_bit(shape):
+    codes = torch.randint(256, (shape[0] * shape[1] // 2,), dtype=torch.uint8)
+    words = nf4.planar(codes)
+    assert words.dtype == torch.int32 and words.numel() == codes.numel() // 4
+    assert torch.equal(nf4.public(words), codes)
+    absmax = torch.rand(codes.numel() // 32)
+    for kind in ("nf4", "fp4"):
+        assert torch.equal(*(nf4.decode(kind, laid, absmax.view(torch.uint8), None, torch.empty(shape))
+                             for laid in (codes, words)))
+
+
+def test_a_words_halves_of_bytes_are_the_weights_that_its_planes_say():
+    """Word i = 2 p + h of a unit: byte j holds the weights 2 p (high half) and 2 p + 1 of plane 4 h + j."""
+    code = torch.randint(16, (2, 384))  # of each weight
+    words = nf4.planar((code[:, ::2] << 4 | code[:, 1::2]).to(torch.uint8).flatten()).view(2, 3, 16)
+    for unit, p, h, j in itertools.product(range(3), range(8), range(2), range(4)):
+        byte, first = words[:, unit, 2 * p + h] >> 8 * j & 255, 128 * unit + 16 * (4 * h + j) + 2 * p
+        assert torch.equal(byte >> 4, code[:, first]) and torch.equal(byte & 15, code[:, first + 1])
+
+
+OPERATIONS = {  # of PTX, on words of 32 bits in int64
+    "and.b32": lambda a, b: a & b, "shl.b32": lambda a, n: a << n & 0xFFFFFFFF, "shr.u32": lambda a, n: a >> n,
+    "prmt.b32": lambda a, b, selector: permuted(a, b, selector),
+    "lop3.b32": lambda a, b, c, table: sum((table >> i & 1) * (  # bit by bit, table[a, b, c]
+        (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) & 0xFFFFFFFF) for i in range(8))}
+
+
+def permuted(a, b, selector):
+    """PRMT: byte k of the result is the byte of b:a that half-byte k of the selector names; if that has its highest bit
+    set, the byte's sign eight times."""
+    both, result = a | b << 32, 0
+    for k in range(4):
+        index = selector >> 4 * k & 15
+        byte = both >> 8 * (index & 7) & 255
+        result = result | torch.where(torch.as_tensor(index & 8 > 0), (byte >> 7) * 255, byte) << 8 * k
+    return result
+
+
+def run_ptx(text, registers):
+    """Execute straight-line PTX on {register: (n,) int64}."""
+    for line in text.strip("{}\n").splitlines():
+        name, rest = line.rstrip(";").split(" ", 1)
+        if name != ".reg":
+            target, *sources = (word.strip() for word in rest.split(","))
+            registers[target] = OPERATIONS[name](*(registers[s] if s in registers else int(s, 0) for s in sources))
+
+
+@pytest.mark.parametrize("kind, dtype", [("nf4", torch.bfloat16), ("nf4", torch.float16), ("fp4", torch.bfloat16)])
+def test_the_assembly_looks_every_word_up_bit_for_bit(kind, dtype):
+    draw = torch.Generator().manual_seed(0)
+    even, odd = (torch.cat([torch.randint(2**32, (20000,), generator=draw), torch.arange(16) * 0x11111111])
+                 for _ in range(2))  # words 2 p and 2 p + 1 of some units
+    table = nf4._level_bytes(kind, dtype, torch.device("cpu")).long() & 0xFFFFFFFF
+    registers = {"$8": even, "$9": odd} | {f"${10 + 2 * i}": table[i].expand(len(even)) for i in range(8)}
+    run_ptx(nf4.prmt_text(), registers)
+    bits = nf4.levels(kind).to(dtype).view(torch.int16).long() & 0xFFFF  # of the 16 levels
+    for plane in range(8):
+        byte = (even, odd)[plane // 4] >> 8 * (plane % 4) & 255
+        assert torch.equal(registers[f"${plane}"], bits[byte >> 4] | bits[byte & 15] << 16), plane
+
+
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("widths, kind, double_quant", [([128, 256, 128], "nf4", True), ([3, 5], "fp4", False)])
+def test_joined_matrices_of_4_bits(widths, kind, double_quant, planar):
+    check_joined(3, widths, kind, double_quant, torch.float32, planar=planar)
+    assert nf4.joins((128, 128), torch.zeros(1)) and not nf4.joins((64, 128), torch.zeros(1))
+    assert nf4.joins((3, 128), None) and not nf4.joins((64, 96), None)
+
+
+@pytest.mark.parametrize("rule", ["auto", "nf4=planar"])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_on_a_gpu_linears_of_one_input_are_joined_and_come_back(bits, rule, monkeypatch):
+    monkeypatch.setattr(linear, "GPU", ("cpu",))
+    monkeypatch.setattr(nf4, "rules", lambda: choice.rules(rule))
+    model, batch = tiny(hidden_size=128, intermediate_size=256, num_key_value_heads=4)
+    model.bfloat16()
+    for name, module in list(model.named_modules()):
+        if bits == 4 and quant.Quantisation(4).wants(name, module):
+            model.set_submodule(name, quant.Quantisation(4).linear(module.weight.detach(), torch.bfloat16))
+    before, names = {name: p.detach().clone() for name, p in model.state_dict().items()}, model.state_dict().keys()
+    with torch.no_grad():
+        plain = model.logits(batch)
+        assert linear.pack(model.language_model) == 2 * 5
+        found, joined = model.logits(batch), model.language_model.model.layers[0].self_attn.q_proj.product
+    assert joined.widths == [128] * 3 and (found - plain).abs().max() < 2**-6 * plain.abs().max()
+    assert bits == 16 or (joined.codes.dtype == torch.int32) == (rule == "nf4=planar")
+    linear.unpack(model.language_model)
+    assert model.state_dict().keys() == names and all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+
+
+def test_planes_are_laid_only_where_they_are_asked_for_and_fit(monkeypatch):
+    codes = torch.zeros(64 * 128 // 2, dtype=torch.uint8)
+    assert not nf4.wants_planes(codes, "nf4", (64, 128))
+    monkeypatch.setattr(nf4, "rules", lambda: choice.rules("nf4=planar"))
+    assert nf4.wants_planes(codes, "nf4", (64, 128)) and nf4.wants_planes(codes, "fp4", (64, 128))
+    assert not nf4.wants_planes(codes, "nf4", (128, 64)) and not nf4.wants_planes(codes, "int8", (64, 128))
+    assert not nf4.wants_planes(nf4.planar(codes), "nf4", (64, 128))
 
 
 # ------------------------------------------------------------------------------------------------------- the compiler
@@ -217,6 +344,7 @@ def test_attention_is_as_exact_as_sdpa_on_a_gpu(causal):
 @pytest.mark.parametrize("heads, group, dim", [(32, 1, 128), (9, 3, 64)])
 def test_decoding_on_a_gpu(lengths, heads, group, dim):
     check_decoding(lengths, heads, group, dim, torch.bfloat16, "cuda")
+    check_decoding([n + 3 for n in lengths], heads, group, dim, torch.bfloat16, "cuda", new=3)
 
 
 @on_a_gpu
@@ -226,6 +354,12 @@ def test_decoding_on_a_gpu(lengths, heads, group, dim):
     ("rotate", 1000, 128), ("rotate", 3, 64), ("swiglu", 1000, 11008), ("swiglu", 3, 1536)])
 def test_elementwise_on_a_gpu(name, rows, width, dtype):
     check_elementwise(name, rows, width, dtype, "cuda")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("rows, heads, kv_heads, dim", [(1, 32, 32, 128), (33, 40, 8, 128), (7, 9, 3, 64)])
+def test_a_step_of_decoding_turns_and_writes_at_once_on_a_gpu(rows, heads, kv_heads, dim):
+    check_rotate_into(rows, heads, kv_heads, dim, torch.bfloat16, "cuda")
 
 
 @on_a_gpu
@@ -241,6 +375,36 @@ def test_decoding_of_4_bits_on_a_gpu(shape, kind, double_quant, dtype):
 @pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (22016, 4096), (576, 1536)])
 def test_few_rows_of_4_bits_on_a_gpu(rows, shape):
     check_few_rows(rows, shape, "nf4", True, torch.bfloat16, "cuda")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 40, 128])
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (22016, 4096), (577, 1536)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_few_rows_of_4_bits_in_planes_on_a_gpu(rows, shape, dtype):
+    check_few_rows(rows, shape, "nf4", True, dtype, "cuda", planar=True)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("rows, width, rank", [(1000, 4096, 128), (70, 11008, 64), (3, 576, 16), (129, 1536, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_on_a_gpu(rows, width, rank, dtype):
+    check_lora(rows, width, rank, 0.05, dtype, "cuda")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("planar", [False, True])
+def test_joined_matrices_of_4_bits_on_a_gpu(planar):
+    check_joined(3, [4096, 1024, 1024], "nf4", True, torch.bfloat16, "cuda", planar)
+
+
+@on_a_gpu
+def test_assembly_and_look_up_in_memory_give_the_same_bits_on_a_gpu(monkeypatch):
+    """Which the order of a thread's registers, and with it the pairs that the assembly sees, must be right for."""
+    x = torch.eye(128, dtype=torch.bfloat16, device="cuda")  # every product is one level times its scale
+    codes, *scales = nf4.encode(torch.randn(256, 128, device="cuda"), "nf4")
+    products = [nf4.few_rows(x, "nf4", laid, *scales, (256, 128)) for laid in (codes, nf4.planar(codes))]
+    assert torch.equal(*products)
 
 
 @on_a_gpu

@@ -577,6 +577,8 @@ WRONG = {
     "alpha": ({"lora_alpha": 0}, "--lora_alpha 0.*: expected a number above 0"),
     "no target": ({"lora_target": " ,"}, "--lora_target ' ?,' is empty; name what to adapt"),
     "a rank that does not match": ({"lora_weight_path": "ADAPTER", "lora_r": 8}, "--lora_r 8 does not match .* has 4"),
+    "an alpha that does not match": ({"lora_weight_path": "ADAPTER", "lora_r": None, "lora_alpha": 0},
+                                     "--lora_alpha 0 does not match .* has 8"),
     "targets of its own": ({"lora_weight_path": "ADAPTER", "lora_target": "q_proj"}, "and without --lora_target"),
     "an adapter as the model": ({"model_name_or_path": "ADAPTER", "vision_tower": None}, "give its base there"),
     "LoRA in stage 1": ({"tune_mm_mlp_adapter": True}, "contradict each other"),

@@ -174,16 +174,16 @@ def test_attention_without_a_mask_wants_equal_lengths():
 
 def test_attend_to_cache_looks_at_each_row_s_own_past():
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.tensor([3, 6, 1])
-    q = torch.randn(3, 4, 8, generator=generator)
-    keys, values = torch.randn(2, 3, 6, 2, 8, generator=generator)
-    out = attend_to_cache(q, keys, values, lengths)
-    for i, n in enumerate(lengths.tolist()):
+    keys, values = torch.randn(2, 20, 2, 8, generator=generator)
+    starts, lengths = torch.tensor([3, 12, 12, 12, 6]), torch.tensor([3, 4, 5, 6, 1])  # one row, three of one sequence
+    q = torch.randn(5, 4, 8, generator=generator)
+    out = attend_to_cache(q, keys, values, starts, lengths)
+    for i, (start, n) in enumerate(zip(starts.tolist(), lengths.tolist())):
         last = torch.zeros(n, 4, 8)
         last[-1] = q[i]
-        assert (out[i] - dense(last, keys[i, :n], values[i, :n], True)[-1]).abs().max() < 2e-6
-        alone = attend_to_cache(*(x[i: i + 1] for x in (q, keys[:, :n], values[:, :n], lengths)))[0]
-        assert torch.allclose(alone, out[i], atol=1e-6)
+        assert (out[i] - dense(last, keys[start: start + n], values[start: start + n], True)[-1]).abs().max() < 2e-6
+    alone = [attend_to_cache(q[at], keys, values, starts[at], lengths[at]) for at in ([0], [1, 2, 3], [4])]
+    assert torch.equal(torch.cat(alone), out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -251,20 +251,56 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 @torch.no_grad()
 def test_cache_continues_what_it_holds():
+    """Token by token, several at a time, in stretches that must grow and move."""
     model = small_llava()
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(2))
     sequences = [words(9), PICTURE + words(8, 2), words(1, 3)]
-    cache = Cache(model.config.text, 3, 40, torch.float32, "cpu")
-    logits = model.last_logits(pack(sequences, pixels), cache)
-    for _ in range(3):
+    cache = Cache(model.config.text, torch.float32, "cpu", 12)
+    stretches = [cache.open(size) for size in (9, 30, 1)]
+    logits = model.last_logits(pack(sequences, pixels), cache, stretches)
+    for more in (1, 1, 4, 1, 7):
         expected = model.logits(batch := pack(sequences, pixels))[batch.cu_seqlens[1:] - 1]
         assert (logits - expected).abs().max() < 1e-5
-        sequences = [s + [i] for s, i in zip(sequences, logits.argmax(-1).tolist())]
-        newest = pack([[s[-1]] for s in sequences])
-        newest.position_ids = cache.lengths.clone()
-        logits = model.last_logits(newest, cache)
-    cache.keep([2, 1])
-    assert cache.lengths.tolist() == [4, 27]
+        newest = [words(more, i) for i in range(3)]
+        sequences = [s + new for s, new in zip(sequences, newest)]
+        batch = pack(newest)
+        batch.position_ids = torch.cat([torch.arange(s.length, s.length + more) for s in stretches])
+        logits = model.last_logits(batch, cache, stretches)
+    assert [s.length for s in stretches] == [len(s) for s in sequences]
+
+
+@torch.no_grad()
+def test_cache_holds_sequences_side_by_side():
+    cache = Cache(LlamaConfig(**SMALL), torch.float32, "cpu")
+    a, b, c = (cache.open(size) for size in (10, 5, 20))
+    assert (a.start, b.start, c.start) == (0, 10, 15) and len(cache.keys[0]) == 40  # doubled
+    cache.close(b)
+    assert cache.open(5).start == 10 and cache.open(6).start == 35  # where b was; behind the others
+    for x in (*cache.keys, *cache.values):
+        x[:10] = torch.randn(10, *x.shape[1:])
+    a.length = 10
+    held = [x[:10].clone() for x in (*cache.keys, *cache.values)]
+    twin = cache.copy(a)
+    cache.fit(a, 11)  # moves, with what it holds
+    assert a.size == 20 and twin.length == a.length == 10
+    for x, numbers in zip((*cache.keys, *cache.values), held):
+        assert torch.equal(x[a.start: a.start + 10], numbers) and torch.equal(x[twin.start: twin.start + 10], numbers)
+    places = sorted((s.start, s.size) for s in cache.stretches)
+    assert all(start + size <= after for (start, size), (after, _) in zip(places, places[1:]))
+
+
+@torch.no_grad()
+def test_sequences_move_together_before_the_cache_grows():
+    cache = Cache(LlamaConfig(**SMALL), torch.float32, "cpu", 40)
+    a, b, c = (cache.open(size) for size in (10, 6, 20))
+    c.length = 18
+    for x in (*cache.keys, *cache.values):
+        x.normal_()
+    held = [x[16:34].clone() for x in (*cache.keys, *cache.values)]
+    cache.close(b)
+    assert cache.open(10).start == 30 and (a.start, c.start) == (0, 10) and len(cache.keys[0]) == 40
+    assert all(torch.equal(x[10:28], numbers) for x, numbers in zip((*cache.keys, *cache.values), held))
+    assert cache.open(1).start == 40 and len(cache.keys[0]) == 80
 
 
 def test_a_blind_model_says_so():

@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import lora
 import train
 import weights
+from formats import published
 from formats.files import read_json
 from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlamaConfig, Llava, LlavaConfig
 from training import flags, plan
@@ -178,7 +179,7 @@ def test_public_models_have_their_published_sizes():
                        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1100048384),
                        ("huggingfacetb/smollm2-135m-instruct", 134515008)):
         assert counts(f"--plan --model_name_or_path {name}") == {"language_model": size}
-    for name, values in read_json(plan.Path(plan.__file__).with_name("public_models.json")).items():
+    for name, values in read_json(Path(published.__file__).with_name("public_models.json")).items():
         assert isinstance(values, dict) or name != values
 
 

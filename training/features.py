@@ -30,8 +30,7 @@ FILE_BYTES = 2**28  # of one file, about
 
 
 def stored(folder):
-    """What a folder holds -> {picture: (file, its [height, width])}. A damaged file is said and removed, and so is what
-    a stopped write has left."""
+    """What a folder holds -> {picture: (file, its [height, width])}. What is damaged or half is said and removed."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for path in folder.iterdir():
@@ -55,8 +54,7 @@ def check_room(folder, size, count):
     need, free = size * count, files.free_bytes(folder)
     if need > free:
         raise ValueError(f"--cache_features {folder.parent}: {count:,} pictures of {files.gigabytes(size)} need about "
-                         f"{files.gigabytes(need)}, and {files.gigabytes(free)} are free; make room, or name a folder "
-                         "on another disk")
+                         f"{files.gigabytes(need)}, and {files.gigabytes(free)} are free; make room, or go elsewhere")
 
 
 class Features:
@@ -84,7 +82,6 @@ class Features:
         say(f"features of {len(names):,} pictures are in {folder}, of which {len(missing):,} are new")
 
     def key(self, name):
-        """A picture's name in the files."""
         path = os.path.abspath(os.path.join(self.root, name))
         state = os.stat(path) if os.path.exists(path) else None
         return sha256(f"{path}|{state and (state.st_size, state.st_mtime_ns)}".encode()).hexdigest()
@@ -96,8 +93,7 @@ class Features:
 
     @torch.no_grad()
     def compute(self, names, folder, model, args):
-        """Look at pictures, and store what the tower says: of one at a time, as others beside it would change how the
-        last bits are rounded."""
+        """Store what the tower says of pictures, one at a time: others beside it would change how bits are rounded."""
         device, tensors, sizes = next(model.vision_tower.parameters()).device, {}, {}
         line = Progress("storing features", len(names), of_bytes=False)
         pictures = DataLoader(names, None, num_workers=args.dataloader_num_workers, collate_fn=self.open,

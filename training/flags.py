@@ -213,8 +213,7 @@ def build_parser():
 
 
 def check(args, given):
-    """Stop with one sentence at settings that contradict each other or are not built. given: names of flags, of which
-    those that do nothing are said."""
+    """Stop with one sentence at settings that contradict each other. Flags `given` without effect are said."""
     rows = [row for group in FLAGS.values() for row in group]
     for name, _, default, text in rows:
         if text == "not built yet" and getattr(args, name) != default and not args.plan:
@@ -291,7 +290,7 @@ def check_lora(args):
         before |= files.read_json(hub.find_folder(adapter) / "adapter_config.json")
     for flag, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("use_rslora", "use_rslora")):
         given = getattr(args, flag)
-        if adapter and given and given != before[key]:
+        if adapter and given not in (None, before[key]) and given is not False:
             raise ValueError(f"--{flag} {given:g} does not match {adapter}, which has {before[key]}; leave it out")
         if args.lora_enable:
             setattr(args, flag, before[key] if adapter or given is None else given)

@@ -26,12 +26,10 @@ Legend: T tokens of a micro-batch, D width, H heads, Q = H x head dim, F the MLP
 import os
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
 
-from formats import command, hub, layouts
-from formats.files import read_json
+from formats import command, layouts, published
 from kernels.attention import EMPTY, SHORT
 from model import IGNORE_INDEX, LlavaConfig
 
@@ -72,8 +70,7 @@ def total(model, step):
 
 
 def parts(model, step):
-    """{part: bytes on each device} when a step is fullest. model: a Llava, on the meta device or any other, whose
-    requires_grad says what is trained."""
+    """{part: bytes on each device} when a step is fullest. model: a Llava whose requires_grad says what is trained."""
     held, kept = weights(model, step), activations(model, step)
     shared = min(held["gradients"], sum(kept.values())) if step.accumulate == 1 else 0
     return held | kept | {"workspace": workspace(model, step), "gradients in the place of activations": -shared}
@@ -184,8 +181,7 @@ def of_pictures(model, step):
 
 
 def workspace(model, step):
-    """What comes and goes: weights gathered for this layer and the next, a layer's gradient (and on its way to other
-    devices), a layer computed again, gradients inside its MLP, a matrix decoded from codes."""
+    """What comes and goes: weights of two layers, a layer's gradient, one recomputed, one decoded matrix."""
     text, s = model.config.text, step.size
     trained = sum(p.numel() for p in learns(model, step, LAYERS + "0.").values())
     lora = corrections(model, step, LAYERS + "0.")
@@ -205,24 +201,9 @@ def read_config(args):
     """The LlavaConfig that a command line trains, from config.json files or public_models.json alone."""
     chosen = {field.name: getattr(args, field.name, None) for field in fields(LlavaConfig)}
     chosen["image_grid_pinpoints"] = layouts.read_pinpoints(args.image_grid_pinpoints)
-    chosen["vision"] = config_of(args.vision_tower) if args.vision_tower else None
-    return replace(config_of(args.model_name_or_path, layouts.read_config),
+    chosen["vision"] = published.tower_config(args.vision_tower) if args.vision_tower else None
+    return replace(published.model_config(args.model_name_or_path),
                    **{key: value for key, value in chosen.items() if value is not None})
-
-
-def config_of(name, language=None):
-    """A folder or a hub id -> ClipVisionConfig, or with `language` (layouts.read_config) LlavaConfig. The disk is asked
-    first, then the public models that are written down here, then the hub."""
-    public = {key.lower(): values for key, values in read_json(Path(__file__).with_name("public_models.json")).items()}
-    values, folder = public.get(str(name).lower()), hub.here(name)
-    if folder or values is None:
-        values = read_json((folder or hub.find_folder(name, weights=False)) / "config.json")
-    elif isinstance(values, str):
-        values = public[values.lower()]
-    if language is None:
-        return layouts.read_vision_config(values, name)
-    config, tower = language(values, {HEAD}, name), values.get("mm_vision_tower") or values.get("vision_tower")
-    return replace(config, vision=config_of(tower)) if config.vision is None and tower else config
 
 
 def devices_of(args):
@@ -249,17 +230,15 @@ def step_of(args, config):
     if config.vision is not None:
         sizes = config.pinpoints if config.image_aspect_ratio == "anyres" else [[config.vision.image_size] * 2]
         places = max((config.tokens_of(size), config.views_of(size)) for size in sizes)
-    return Step(
-        (length,) * count, count * max(1, length - places[0]), count * places[1], args.gradient_accumulation_steps,
-        args.dtype, bool(args.gradient_checkpointing),
-        devices, 0 if args.offload else min(1, args.fsdp_replicas / devices), args.keep_gathered,
-        args.lora_r if args.lora_enable else 0, args.bits, args.double_quant, cuda,
-        args.lora_shard_base), memory
+    share = 0 if args.offload else min(1, args.fsdp_replicas / devices)
+    return Step((length,) * count, count * max(1, length - places[0]), count * places[1],
+                args.gradient_accumulation_steps, args.dtype, bool(args.gradient_checkpointing), devices, share,
+                args.keep_gathered, args.lora_r if args.lora_enable else 0, args.bits, args.double_quant, cuda,
+                args.lora_shard_base), memory
 
 
 class Checkpointing:
-    """Whether the activations of a micro-batch are kept or computed again: as --gradient_checkpointing says, without it
-    as the memory allows. The numbers are the same, and ranks need not agree. line: for the user."""
+    """Whether activations are kept or computed again: as the flag says, or as the memory allows. line: for the user."""
 
     def __init__(self, args, model):
         self.model, (self.step, self.memory) = model, step_of(args, model.config)

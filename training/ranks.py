@@ -73,8 +73,7 @@ class Watch(Thread):
         return "; ".join(lines)
 
     def blame(self, error):
-        """An error ends this rank: ConnectionError if that is because another one is gone, after some seconds. What
-        concerns a user's files is this rank's own error; the others are told."""
+        """An error ends this rank. ConnectionError, after some seconds, if it came of another rank that is gone."""
         end = time.monotonic() + SHORT + 2 * BEAT
         while self.size > 1 and not isinstance(error, (ValueError, OSError)) and time.monotonic() < end:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would not wait for the sentence

@@ -85,11 +85,8 @@ def defaults(stage, recipe, model):
 
 def sharding(deepspeed, fsdp):
     """The two flags in FSDP2's words -> {keep_gathered, offload, and flags that a DeepSpeed file sets: value}; said.
-
-    Gradients and AdamW's state are divided among the ranks. ZeRO stage 3 and full_shard gather a layer's weights when
-    it computes and let go of them; stage 2 and shard_grad_op keep them from forward to backward. Offloaded, all of it
-    waits in the CPU's memory. A file without `gradient_clipping`, as LLaVA's, means none; its schedule is not followed.
-    """
+    ZeRO stage 3 and full_shard gather a layer's weights when it computes and let go of them; stage 2 and shard_grad_op
+    keep them from forward to backward. A file without `gradient_clipping`, as LLaVA's, means none."""
     if deepspeed and fsdp:
         raise ValueError(f"--deepspeed {deepspeed} and --fsdp {fsdp!r} both say how to divide the model; drop one")
     path, words, known = Path(deepspeed or ""), set((fsdp or "").split()), "full_shard shard_grad_op offload auto_wrap"

@@ -12,13 +12,10 @@ import torch
 
 
 class BatchOrder:
-    """Batches of record indices, epoch after epoch; every rank builds the same order and takes its share.
-
-    count: records; batch: records per micro-batch and rank; lengths: data.words_of each record, to group them, or None;
-    accumulate: micro-batches per step. On one rank, an epoch's last batch may be short; on several, the epoch's first
-    records come once more until all have equally many full batches. accelerate: several ranks shuffle as the original's
-    do, with a generator that --seed does not reach (LLAVA.md 4.6).
-    """
+    """Batches of record indices, epoch after epoch; every rank builds the same order and takes its share. count:
+    records; batch: per micro-batch and rank; lengths: words of each, to group them, or None; accumulate: micro-batches
+    per step. One rank's last batch may be short; several take an epoch's first records again until all are full.
+    accelerate: several ranks shuffle as the original's do, by a generator that --seed does not reach (LLAVA.md 4.6)."""
 
     def __init__(self, count, batch, seed, rank=0, world=1, lengths=None, accumulate=1, accelerate=False):
         self.count, self.batch, self.rank, self.world = count, batch, rank, world
@@ -49,9 +46,7 @@ class BatchOrder:
 
 
 def group_by_modality(lengths, batch, parts, generator, last=None):
-    """The order of --group_by_modality_length, a list of indices: stretches of `parts` micro-batches, with pictures or
-    without, of similar length; what is left over stands at the end (LLAVA.md 4.5). last: the generator that shuffles
-    the stretches, if not the same."""
+    """Stretches of `parts` micro-batches, alike in length, with pictures or without; rests last (LLAVA.md 4.5)."""
     last, size, stretches, rest = last or generator, batch * parts, [], []
     kinds = [i for i, n in enumerate(lengths) if n > 0], [i for i, n in enumerate(lengths) if n <= 0]
     if not all(kinds):

@@ -58,7 +58,6 @@ class Trackers:
             self.guard(name, self.running[name][0], numbers, row["step"])
 
     def close(self):
-        """Make sure that all has arrived."""
         for name in filter(self.running.get, self.running):
             self.guard(name, self.running[name][1])
 

@@ -1,0 +1,146 @@
+"""Layers that take turns: a model larger than its device computes, while its next layer is brought in.
+
+Layers compute one after the other, so all that must be there is the one at work and the one that comes next. Those that
+take turns rest in main memory or in their file, and share two buffers:
+
+    buffer 0    20 #####| 22 is read ......|#####| 24 is read ......|#####
+    buffer 1        | 21 is read ...|#####| 23 is read ......|#####             ##### computes
+
+The parameters of such a layer are views of its buffer, always; to bring it in is to fill the buffer with its numbers.
+"""
+
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from functools import partial
+
+import torch
+from torch import nn
+
+from formats import files
+from formats.bitsandbytes import Folded
+
+ALIGN = 64  # bytes, a cache line
+
+
+class Buffer:
+    """Room for one layer, and the layers that take turns in it. As soon as one has computed, the next one is brought in
+    by a thread; on a GPU by a stream of its own, out of page-locked memory. disk: some rest in their files."""
+
+    def __init__(self, size, device, disk):
+        self.bytes, self.stream = torch.empty(size, dtype=torch.uint8, device=device), None
+        self.stage = self.bytes  # what a file is read into
+        if device.type == "cuda":
+            self.stream, self.arrived = torch.cuda.Stream(device), torch.cuda.Event()
+            self.stage = page_locked(size) if disk else None
+        self.thread, self.turns, self.holds, self.coming = ThreadPoolExecutor(1), [], None, None
+
+    def adopt(self, layer, tensors=None):
+        """Have a layer take turns. Its weights move to main memory, or with tensors, {name: LazyTensor}, are read from
+        their file each time."""
+        layout, turn = layout_of(layer), len(self.turns)
+        if tensors is None:
+            size = size_of(layer)
+            kept = page_locked(size) if self.stream else torch.empty(size, dtype=torch.uint8)
+            for name, view in views(kept, layout).items():
+                view.copy_(layer.get_parameter(name))
+            self.turns.append(lambda: kept)
+        else:
+            self.turns.append(partial(self._read, tensors, views(self.stage, layout)))
+        for name, view in views(self.bytes, layout).items():
+            module, _, leaf = name.rpartition(".")
+            setattr(layer.get_submodule(module), leaf, nn.Parameter(view, requires_grad=False))
+        for module in layer.modules():
+            module.takes_turns = True  # kernels/linear.py and quant.arrange leave it as it is
+        layer.register_forward_pre_hook(lambda *_: self.wait(turn))
+        layer.register_forward_hook(lambda *_: self.bring((turn + 1) % len(self.turns)))
+
+    def bring(self, turn):
+        """Begin to fill the buffer, after what the GPU has been asked for so far."""
+        if turn != self.holds or self.coming.done() and self.coming.exception():
+            done = self.stream and torch.cuda.current_stream(self.bytes.device).record_event()
+            self.holds, self.coming = turn, self.thread.submit(self._fill, turn, done)
+
+    def wait(self, turn):
+        """Until the layer is there. It is brought in only now in the first pass, and if the last one was broken off."""
+        self.bring(turn)
+        self.coming.result()
+        if self.stream:
+            torch.cuda.current_stream(self.bytes.device).wait_event(self.arrived)
+
+    def _fill(self, turn, done):
+        if self.stream:
+            self.arrived.synchronize()  # nothing is on its way from the stage any more
+        kept = self.turns[turn]()
+        if self.stream:
+            with torch.cuda.stream(self.stream):
+                self.stream.wait_event(done)
+                self.bytes[: len(kept)].copy_(kept, non_blocking=True)
+                self.arrived.record()
+        elif kept is not self.bytes:
+            self.bytes[: len(kept)].copy_(kept)
+
+    def _read(self, tensors, places):
+        for name, tensor in parts_of(tensors):
+            files.read_into(tensor, places[name])
+        return self.stage
+
+
+class Following:
+    """A forward pre-hook of every layer of a model on several devices: what a layer is given moves to its device, the
+    tables of a batch only once."""
+
+    def __init__(self):
+        self.batch, self.there = None, {}
+
+    def __call__(self, device, _, given):
+        x, *tables = given  # x (T, D); of a layer rotary, packing, and the cache, which looks after itself
+        if tables and self.batch is not tables[1]:
+            self.batch, self.there = tables[1], {x.device: tuple(tables[:2])}
+        if tables and device not in self.there:
+            rotary, packing = tables[0], copy(tables[1])
+            vars(packing).update({key: value.to(device) for key, value in vars(packing).items()
+                                  if isinstance(value, torch.Tensor)})
+            self.there[device] = tuple(table.to(device) for table in rotary), packing
+        return x.to(device), *(self.there[device] if tables else ()), *tables[2:]
+
+
+def layout_of(layer):
+    """{name of a parameter: (its first byte in a buffer, bytes, dtype, shape)}"""
+    layout, end = {}, 0
+    for name, p in layer.named_parameters():
+        layout[name] = end, p.nbytes, p.dtype, p.shape
+        end += -(-p.nbytes // ALIGN) * ALIGN
+    return layout
+
+
+def size_of(layer):
+    """Bytes of a buffer that a layer takes."""
+    return max(begin + size for begin, size, _, _ in layout_of(layer).values())
+
+
+def views(flat, layout):
+    """{name: the tensor that stands in a buffer's bytes}"""
+    return {name: flat[begin: begin + size].view(dtype).view(shape)
+            for name, (begin, size, dtype, shape) in layout.items()}
+
+
+def parts_of(tensors):
+    """{name: LazyTensor} -> (name of a parameter, LazyTensor): of a matrix in codes there are several."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Folded):
+            for leaf, part in zip(("codes", "absmax", "nested"), tensor.parts()):
+                if part is not None:
+                    yield name.removesuffix("weight") + leaf, files.lazy(part)
+        else:
+            yield name, tensor
+
+
+def page_locked(size):
+    """Bytes of main memory that a GPU fetches by itself. (torch's own pin_memory rounds up to a power of two.)"""
+    memory, cuda = torch.empty(size, dtype=torch.uint8), torch.cuda.cudart()
+    if error := int(cuda.cudaHostRegister(memory.data_ptr(), size, 1)):  # 1: for every device
+        raise ValueError(f"{size / 1e9:.3f} GB of main memory cannot be locked for the GPU (CUDA error {error}); plan "
+                         "with less: --max_memory cpu=…")
+    weakref.finalize(memory, cuda.cudaHostUnregister, memory.data_ptr())
+    return memory
