@@ -4,7 +4,9 @@
 SwiGLU. `Llava` joins it to a frozen CLIP tower through a projector: a picture's features take the places that the text
 keeps for it, and from there on they are tokens like any other.
 
-Batches are packed: sequences lie end to end without padding, and attention never crosses from one to the next.
+Batches are packed: sequences lie end to end without padding, and attention never crosses from one to the next. While
+answers are written, `Cache` keeps the keys and values of all rows read so far, so that only new ones need be: a pool of
+cells, one for each row, in which every sequence owns a stretch. New rows are written behind it, and look at it alone.
 
 Legend: B sequences, T rows (tokens) of all of them together, P pictures, N tokens of a view (a picture is one view or,
 with `anyres`, several), D width, H heads, K head dim, V vocabulary.
@@ -272,7 +274,7 @@ class Llama(nn.Module):
 
 
 class Stretch:
-    """The cells of one sequence in a Cache: `size` of them from `start` on, of which the first `length` are written.
+    """The cells of one sequence in a Cache: `size` of them from `start` on; the first `length` hold what it has read.
     (No dataclass: FSDP copies those when a method gets one, and the lengths would grow in the copies.)"""
 
     def __init__(self, start, size):
@@ -280,10 +282,11 @@ class Stretch:
 
 
 class Cache:
-    """Keys and values of what sequences have read: one pool of cells, in which each sequence has a stretch of its own.
+    """Keys and values of the rows that sequences have read, per layer one pool of cells, (cells, H/G, K), one per row.
 
-    Sequences of any lengths lie side by side, without padding. One that outgrows its stretch moves to one of twice the
-    size, so that less than half of it is ever empty; a pool without room doubles. device: or a list, one of each layer.
+    Each sequence owns a stretch of neighbouring cells; sequences of any lengths lie side by side, without padding. One
+    that outgrows its stretch moves to one of twice the size; if the pool has no gap for that, it doubles. config: a
+    LlamaConfig; device: of all layers, or a list with one of each; cells: of the pools, to begin with.
     """
 
     def __init__(self, config, dtype, device, cells=0):
@@ -346,8 +349,8 @@ class Cache:
         """Announce the rows that every layer will write next: sequence i of the packing continues stretches[i]."""
         for stretch, count in zip(stretches, packing.lengths, strict=True):
             self.fit(stretch, stretch.length + count)
-        places = torch.tensor([[s.start, s.length] for s in stretches], device=packing.cu_seqlens.device)
-        starts, past = places[packing.sequence].unbind(1)  # (T,) both
+        behind = torch.tensor([[s.start, s.length] for s in stretches], device=packing.cu_seqlens.device)
+        starts, past = behind[packing.sequence].unbind(1)  # (T,) both
         lengths = past + packing.position + 1  # how many cells each new row may look at
         fresh = not any(s.length for s in stretches)  # then nothing needs to be read from here
         for stretch, count in zip(stretches, packing.lengths):
@@ -355,8 +358,9 @@ class Cache:
         self.announce(starts, lengths, starts + lengths - 1, max(s.length for s in stretches), fresh)
 
     def announce(self, starts, lengths, cells, longest, fresh=False):
-        """Of each row that every layer will write next, (T,): the first cell of its sequence, how many it may look at,
-        and where it is written itself. longest: the largest of the lengths, or more; fresh: nothing is read here."""
+        """The rows that every layer will write next, numbers of cells (T,): where each row's sequence starts, how many
+        it may look at from there, its own included, and its own. longest: at least the largest of the lengths; fresh:
+        every row's sequence begins in this batch, so attention needs nothing of what is kept here."""
         self.tables = {device: tuple(x.to(device) for x in (starts, lengths, cells))
                        for device in {x.device for x in self.keys}}
         self.longest, self.fresh = longest, fresh
@@ -367,7 +371,8 @@ class Cache:
         self.keys[layer][cells], self.values[layer][cells] = k, v
 
     def attend(self, layer, q, k, v, rotary):
-        """The rows announced, not turned yet, are written, and look at what their sequences have read. -> (T, H, K)"""
+        """Turn the announced rows by their positions, keep their k and v, and let each look at its sequence so far.
+        q (T, H, K), k, v (T, H/G, K) -> (T, H, K)"""
         (starts, lengths, cells), keys, values = self.tables[q.device], self.keys[layer], self.values[layer]
         q = rotate_into(q, k, v, *rotary, keys, values, cells)
         return attend_to_cache(q, keys, values, starts, lengths, self.longest)

@@ -1,12 +1,14 @@
 """Ask a LLaVA: prompt and pictures in, words out.
 
-    python sample.py --image examples/scene.png --prompt "what color is the circle ?"
+    python sample.py --image examples/scene.png --prompt "Where is the cross?"
     python sample.py --model_name_or_path llava-hf/llava-1.5-7b-hf --image x.jpg          (no --prompt: a chat)
     python sample.py --data_path questions.jsonl --image_folder pictures --out answers.jsonl
 
-`generate` answers a list of requests with one `Engine`. Prompts are read in packed batches; then all answers grow by a
-token per step, each against its own past in the key/value cache. Those that end leave, and waiting requests take their
-places at once. Whatever the company, a request gets the answer that it would get alone.
+`generate` answers a list of requests with one `Engine`, which rests on three ideas. Prompts of all lengths are read end
+to end, packed into one batch without padding. What was read stays, as keys and values, in one pool of cells
+(model.Cache), in which each answer owns a stretch; so a step need only read the newest token of every answer, all in
+one batch, to choose the next. And no answer waits for another: one that ends gives its cells back, and the next request
+joins at once (continuous batching; Yu et al. 2022). Whatever its company, a request gets the answer it would get alone.
 
 Legend: B answers that grow together, T rows of a batch, V vocabulary.
 """
@@ -15,6 +17,7 @@ if __name__ == "__main__":  # Ctrl-C may end the imports, which take seconds, bu
     import sys
     sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or sys.__excepthook__(kind, *error)
 
+import argparse
 import json
 import math
 import sys
@@ -22,6 +25,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from os.path import commonprefix  # of lists, too
 from pathlib import Path
 
 import torch
@@ -32,7 +36,7 @@ import quant
 from formats import adapter as adapters
 from formats import command, templates
 from kernels import choice, linear
-from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Cache
+from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Cache, Stretch
 from sampling import beam, graph, looking, placing
 from sampling.chat import Chat
 from sampling.web import is_url, source
@@ -43,6 +47,8 @@ from weights import load
 MINIATURE = Path(__file__).parent / "miniature" / "llava"  # the small model that comes with the project
 
 
+LLAVA = {"model_path": "model_name_or_path", "model_name": "model_name_or_path", "image_file": "image",
+         "query": "prompt", "question_file": "data_path", "answers_file": "out"}  # its flags: ours
 READ = 8192  # rows of prompts that are read in one batch, or one prompt
 GRAM = 3  # tokens that must recur for the lookup to guess what follows them
 
@@ -136,21 +142,20 @@ def generate(loaded, requests, on_token=None, batch_size=32, errors="raise", pas
 @dataclass
 class Past:
     """What one conversation has read so far. Given to `generate` with each of its questions, one at a time, it lets
-    only what is new be read. rows: the ids that the cache holds, a picture as many -200 as places; pixel_values of its
-    pictures; reused: how many rows the last prompt found here."""
+    only what is new be read. stretch: the cells that it owns in the decoder's cache; read_ids: what they hold, a
+    picture as many -200 as places; pixel_values: of its pictures; reused: how many rows the last prompt found here."""
 
-    cache: Cache = None
-    stretch: object = None
-    rows: list = field(default_factory=list)
+    decoder: graph.Decoder = None
+    stretch: Stretch = None
+    read_ids: list = field(default_factory=list)
     pixel_values: torch.Tensor = None
     reused: int = 0
-    decoder: object = None
 
-    def common(self, batch, config):
-        """How many rows, pictures and views of the one prompt in a batch are here already; one row at least is not."""
-        ids, self.pixel_values, old = batch.input_ids.tolist(), batch.pixel_values, self.pixel_values
-        same = next((i for i, (new, held) in enumerate(zip(ids[:-1], self.rows)) if new != held),
-                    min(len(ids) - 1, len(self.rows)))
+    def rest(self, batch, config):
+        """Forget what the next prompt, a batch of one, does not begin with. -> Batch of the rows, one at least, that
+        are still to be read, with their pictures"""
+        ids, old, self.pixel_values = batch.input_ids.tolist(), self.pixel_values, batch.pixel_values
+        same = len(commonprefix([ids[:-1], self.read_ids]))
         end = pictures = views = 0
         for size in batch.image_sizes:
             begin = ids.index(IMAGE_TOKEN_INDEX, end)
@@ -159,21 +164,27 @@ class Past:
                 same = min(same, begin)
                 break
             pictures, views = pictures + 1, shown.stop
-        return same, pictures, views
+        self.reused = self.stretch.length = same
+        del self.read_ids[same:]
+        return replace(
+            batch, input_ids=batch.input_ids[same:], position_ids=batch.position_ids[same:],
+            cu_seqlens=(batch.cu_seqlens - same).clamp(min=0), pixel_values=batch.pixel_values[views:],
+            image_sizes=batch.image_sizes[pictures:])
 
 
 class Engine:
     """Answers requests, at most batch_size at a time; `add` may be called between any two steps."""
 
     def __init__(self, loaded, batch_size=32, on_token=None, errors="raise", past=None):
-        weight = loaded.model.language_model.model.embed_tokens.weight
+        language = loaded.model.language_model.model
+        weight, devices = language.embed_tokens.weight, [next(x.parameters()).device for x in language.layers]
         self.loaded, self.on_token, self.device = loaded, on_token, weight.device
-        self.batch_size = 1 if past else batch_size
-        self.errors, self.past = errors, past
-        devices = [next(layer.parameters()).device for layer in loaded.model.language_model.model.layers]
-        self.cache = past and past.cache or Cache(loaded.config.text, weight.dtype, devices, (loaded.cells or -1) + 1)
-        self.decoder = past and past.decoder or graph.Decoder(loaded.model, self.cache, not loaded.eager)
-        quant.arrange(loaded.model)
+        self.batch_size, self.errors, self.past = 1 if past else batch_size, errors, past
+        cells = loaded.cells + 1 if loaded.cells else 0  # of a plan, and the decoder's spare one
+        self.decoder = past and past.decoder or graph.Decoder(
+            loaded.model, Cache(loaded.config.text, weight.dtype, devices, cells), not loaded.eager)
+        self.cache = self.decoder.cache
+        quant.arrange(loaded.model)  # the order of its codes
         self.waiting, self.running = deque(), []  # (request, tag), Growing
 
     def add(self, request, tag):
@@ -188,11 +199,11 @@ class Engine:
             self._read(joined)
         elif self.running:
             self._grow()
-        ended += [(answer.tag, answer.finish()) for answer in self.running if answer.ended]
-        for answer in self.running:
-            if answer.ended and self.past is None:
+        for answer in [answer for answer in self.running if answer.ended]:
+            self.running.remove(answer)
+            ended.append((answer.tag, answer.finish()))
+            if self.past is None:
                 self.cache.close(answer.stretch)
-        self.running = [answer for answer in self.running if not answer.ended]
         return ended
 
     def _join(self):
@@ -201,7 +212,7 @@ class Engine:
         if self.loaded.cells:
             left = self.loaded.cells - sum(stretch.size for stretch in self.cache.stretches)
         while self.waiting and len(self.running) + len(joined) < self.batch_size and (
-                sum(len(answer.rows) for answer in joined) < READ):
+                sum(len(answer.read_ids) for answer in joined) < READ):
             request, tag = self.waiting.popleft()
             try:
                 answer = request if isinstance(request, Growing) else Growing(self.loaded, request, tag, self.device)
@@ -220,68 +231,48 @@ class Engine:
     def _read(self, joined):
         """Read the prompts of new requests in one batch, and choose the first token of each."""
         batch, past = data.pack([answer.example for answer in joined], self.loaded.config), self.past
+        for answer in joined:
+            answer.stretch = past and past.stretch or self.cache.open(answer.cells)
         if past:
-            batch, joined[0].stretch = self._continue(batch), past.stretch
-        for answer in () if past else joined:
-            answer.stretch = self.cache.open(answer.cells)
+            past.decoder, past.stretch = self.decoder, joined[0].stretch
+            batch = past.rest(batch, self.loaded.config)
         logits = self.loaded.model.last_logits(batch.to(self.device), self.cache, [answer.stretch for answer in joined])
         if past:
-            past.rows = joined[0].rows
+            past.read_ids = joined[0].read_ids
         self.running += joined
-        for i, answer in enumerate(joined):
+        for answer, scores in zip(joined, logits):
             if answer.request.num_beams > 1:  # answered at once, while the others wait
-                answer.search(self.loaded, self.cache, logits[i: i + 1])
-                if self.on_token and answer.text():
-                    self.on_token(answer.tag, answer.text())
+                self._tell(answer, answer.search(self.decoder, scores, self.loaded.silent_ids))
         rest = [i for i, answer in enumerate(joined) if not answer.ended]
         self._choose([joined[i] for i in rest], logits[rest], [[]] * len(rest))
 
     def _grow(self):
         """Read the newest token of each answer, and what it guesses to come next."""
-        running = self.running
-        guesses = [answer.guess() for answer in running]
-        rows = [[answer.token_ids[-1], *guess] for answer, guess in zip(running, guesses)]
-        stretches = [answer.stretch for answer in running]
-        if self.decoder.records and not any(guesses):
-            logits = self.decoder(sum(rows, []), stretches)
-        else:
-            places = [stretch.length + i for stretch, row in zip(stretches, rows) for i in range(len(row))]
-            ids, places = torch.tensor([sum(rows, []), places], device=self.device)
-            bounds = torch.tensor([0, *(len(row) for row in rows)], device=self.device).cumsum(0)
-            batch = data.Batch(ids, None, places, bounds, ids.new_empty(0, dtype=torch.float32), [])
-            logits = self.loaded.model.logits(batch, self.cache, stretches)  # (T, V)
-        for answer, row in zip(running, rows):
-            answer.rows += row
-        self._choose(running, logits, guesses)
+        guesses = [answer.guess() for answer in self.running]
+        tokens = [[answer.token_ids[-1], *guess] for answer, guess in zip(self.running, guesses)]
+        logits = self.decoder.read(tokens, [answer.stretch for answer in self.running])
+        for answer, ids in zip(self.running, tokens):
+            answer.read_ids += ids
+        self._choose(self.running, logits, guesses)
 
     def _choose(self, answers, logits, guesses):
-        """Take the next tokens of each answer: for every right guess one, and one more. logits (T, V): its rows."""
+        """Take the next tokens of each answer: for every right guess one, and one more. What was read of wrong guesses
+        is forgotten. logits (T, V): of all answers' new rows."""
         logits[:, self.loaded.silent_ids] = float("-inf")  # rows that only pad the vocabulary are no words
-        likeliest, at = logits.argmax(-1).tolist(), 0
+        likeliest, row = logits.argmax(-1).tolist(), 0
         for answer, guess in zip(answers, guesses):
             for right, expected in enumerate([*guess, None]):
-                piece = answer.push(logits[at + right], likeliest[at + right])
-                if self.on_token and piece:
-                    self.on_token(answer.tag, piece)
+                self._tell(answer, answer.push(logits[row + right], likeliest[row + right]))
                 if answer.ended or answer.token_ids[-1] != expected:
                     break
             if wrong := len(guess) - right:
                 answer.stretch.length -= wrong
-                del answer.rows[-wrong:]
-            at += 1 + len(guess)
+                del answer.read_ids[-wrong:]
+            row += 1 + len(guess)
 
-    def _continue(self, batch):
-        """The part of a conversation's prompt that its past does not hold. -> Batch"""
-        past = self.past
-        if past.cache is None:
-            past.cache, past.stretch = self.cache, self.cache.open(len(batch.input_ids) + 128)
-            past.decoder = self.decoder
-        past.reused, pictures, views = past.common(batch, self.loaded.config)
-        past.stretch.length, past.rows = past.reused, past.rows[: past.reused]
-        return replace(
-            batch, input_ids=batch.input_ids[past.reused:], position_ids=batch.position_ids[past.reused:],
-            cu_seqlens=(batch.cu_seqlens - past.reused).clamp(min=0), pixel_values=batch.pixel_values[views:],
-            image_sizes=batch.image_sizes[pictures:])
+    def _tell(self, answer, piece):
+        if self.on_token and piece:
+            self.on_token(answer.tag, piece)
 
 
 def encode(loaded, request):
@@ -318,12 +309,12 @@ class Growing:
     def __init__(self, loaded, request, tag, device):
         self.began, self.request, self.tag = time.perf_counter(), request, tag
         self.example, limit = encode(loaded, request), loaded.config.text.max_position_embeddings
-        self.rows = data.pack([self.example], loaded.config).input_ids.tolist()  # what the cache holds, or soon will
-        if len(self.rows) >= limit:
-            raise ValueError(f"the prompt has {len(self.rows)} tokens, but the model reads {limit} at most; ask with "
-                             "less text or fewer pictures")
-        self.room = min(request.max_new_tokens, limit - len(self.rows))
-        self.cells = len(self.rows) + min(self.room, self.room if loaded.cells else 128)  # of the cache, to begin with
+        self.read_ids = data.pack([self.example], loaded.config).input_ids.tolist()  # the cache holds them, or will
+        if (length := len(self.read_ids)) >= limit:
+            raise ValueError(f"the prompt has {length} tokens, but the model reads {limit} at most; ask with less text "
+                             "or fewer pictures")
+        self.room = min(request.max_new_tokens, limit - length)
+        self.cells = length + (self.room if loaded.cells else min(self.room, 128))  # of the cache, to begin with
         self.ended, self.token_ids, self.logprobs = False, [], []
         self.said, self.passed_on = "", 0  # the text so far, and how many characters of it push() has returned
         self.tokenizer, self.stream = loaded.tokenizer, TextStream(loaded.tokenizer)
@@ -356,11 +347,10 @@ class Growing:
         count = min(self.request.lookup, self.room - len(self.token_ids) - 1)
         if count < 1:
             return []
-        rows = [*self.rows, self.token_ids[-1]]
-        tail = rows[-GRAM:]
-        for i in range(len(rows) - GRAM - 1, -1, -1):
-            if rows[i: i + GRAM] == tail:
-                found = rows[i + GRAM: i + GRAM + count]
+        ids = [*self.read_ids, self.token_ids[-1]]
+        for i in range(len(ids) - GRAM - 1, -1, -1):
+            if ids[i: i + GRAM] == ids[-GRAM:]:
+                found = ids[i + GRAM: i + GRAM + count]
                 return found[: found.index(IMAGE_TOKEN_INDEX)] if IMAGE_TOKEN_INDEX in found else found
         return []
 
@@ -407,17 +397,16 @@ class Growing:
             text = text.split(stop)[0]
         return text.strip()
 
-    def search(self, loaded, cache, logits):
-        """Find the whole answer with beams; logits (1, V): after the prompt."""
-        def stopped(ids):
-            text = self.tokenizer.decode(ids) if self.stop_texts else ""
-            return any(stop in text for stop in self.stop_texts)
+    def ends(self, token_ids):
+        """Whether these are a whole answer: their last one is an end token, or their text holds a stop string."""
+        text = self.tokenizer.decode(token_ids) if self.stop_texts else ""
+        return token_ids[-1] in self.stop_ids or any(stop in text for stop in self.stop_texts)
 
+    def search(self, decoder, logits, silent_ids):
+        """Find the whole answer with beams; logits (V,): after the prompt. -> its text"""
         self.first_token_seconds = time.perf_counter() - self.began
-        self.token_ids = beam.search(
-            loaded.model, cache, self.stretch, logits, self.rows, self.request.num_beams, self.room, self.stop_ids,
-            loaded.silent_ids, stopped, self.request.repetition_penalty)[0]
-        self.ended = True
+        self.token_ids, self.ended = beam.search(decoder, self, logits, silent_ids), True
+        return self.text()
 
     def finish(self):
         """-> Answer"""
@@ -436,81 +425,46 @@ def logprobs(logits, token, count):
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def check_flags(args):
-    """ValueError for flags that do not fit. What is wrong with a picture is better known before a large model is
-    loaded, too."""
-    if misplaced := [name for name in ("prompt", "image", "attention", "json") if getattr(args, name)
-                     and args.data_path] + [name for name in ("out", "image_folder") if getattr(args, name)
-                                            and not args.data_path]:
-        raise ValueError(f"--{misplaced[0]} goes {'without' if args.data_path else 'with'} --data_path, a file of "
-                         "questions")
+def main(argv=None):
+    """One question from the command line, a file of them, or a chat."""
+    args = read_flags(argv)
+    request = make_request(args, [("human", args.prompt)], [])
+    if args.plan:
+        return placing.show(args)
+    if args.data_path:
+        from sampling.questions import answer_file  # locks files, which Windows knows otherwise
+        return answer_file(args, partial(open_model, args), partial(ask, args))
+    request.images = [look(name, args.allow_urls, "--image ") for name in args.image]
+    loaded = open_model(args)
+    return converse(loaded, request, args) if args.prompt is None else answer_one(loaded, request, args)
+
+
+def read_flags(argv):
+    """The command line -> args; image and adapter are lists. ValueError: flags that do not fit together."""
+    args = build_parser().parse_args(argv)
+    for name in ("prompt", "image", "attention", "json") if args.data_path else ("out", "image_folder"):
+        if getattr(args, name):
+            word = "without" if args.data_path else "with"
+            raise ValueError(f"--{name} goes {word} --data_path, a file of questions")
     for name in "max_pixels", "batch_size":
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} is too small; it is 1 or more")
-    if args.data_path:
-        return
-    if args.prompt is None and (args.json or args.attention):
+    if not args.data_path and args.prompt is None and (args.json or args.attention):
         raise ValueError(f"--{'json' if args.json else 'attention'} goes with one question, not a chat; give --prompt")
     if args.attention and not args.image:
         raise ValueError("--attention needs a picture: give one with --image")
     if args.attention and not (Path(args.attention).parent.is_dir() and
                                Path(args.attention).suffix.lower() in Image.registered_extensions()):
         raise ValueError(f"--attention {args.attention}: expected a name like OUT.png in an existing folder")
-    args.image = [name for names in args.image for name in (names.split(args.sep) if args.sep else [names])]
-    for name in args.image:
-        if not is_url(name) and not Path(name).is_file():
-            raise ValueError(f"--image {name} does not exist")
-        as_picture(source(name, args.allow_urls))
-
-
-def main(argv=None):
-    """One question from the command line, a file of them, or a chat."""
-    args = build_parser().parse_args(argv)
-    limit_pixels(args.max_pixels)
-    check_flags(args)
-    request = make_request(args, [("human", args.prompt)], args.image)
-    worn = [folder.strip() for folder in args.adapter.split(",")] if args.adapter else [None]
+    worn = [folder.strip() for folder in args.adapter.split(",")] if args.adapter else []
     if "" in worn:
         raise ValueError(f"--adapter {args.adapter!r}: beside a comma a folder is missing")
-    device = args.device_map if args.device_map in ("cpu", "cuda") else args.device
-    place = placing.Placing(args.device_map or "auto", args.max_memory, args.plan_tokens)
-    if args.plan:
-        coding = quant.Quantisation(args.bits, args.quant_type, args.double_quant, args.quant_also)
-        return placing.show(place, args.model_name_or_path, device, args.dtype, coding, args.model_base,
-                            args.vision_tower, worn[-1])
-    def open_model():
-        loaded = load(
-            args.model_name_or_path, dtype=args.dtype, device=device, bits=args.bits, quant_type=args.quant_type,
-            double_quant=args.double_quant, quant_also=args.quant_also, model_base=args.model_base,
-            vision_tower=args.vision_tower, pretrain_mm_mlp_adapter=args.pretrain_mm_mlp_adapter,
-            conv_mode=args.conv_mode, adapter=worn[-1], force=args.force,
-            place=place if args.device_map or args.max_memory else None)
-        loaded.eager = args.eager
-        for folder in worn[-2::-1]:  # each is tried on, the first stays
-            adapters.switch(loaded, folder, args.force)
-        if args.verbose:
-            print(choice.describe(loaded.model.language_model.model.embed_tokens.weight.device), file=sys.stderr)
-        if not (args.eager or loaded.lora or args.device_map or args.max_memory):
-            linear.pack(loaded.model.language_model)
-        return loaded
-
-    if args.data_path:
-        from sampling.questions import answer_file  # locks files, which Windows knows otherwise
-        return answer_file(args, open_model, partial(ask, args))
-    loaded = open_model()
-    if args.attention:
-        looking.stretch(args.attention_layers, loaded.config.text.num_hidden_layers)
-    if args.prompt is None:
-        return converse(loaded, request, args, worn)
-    request.images = [source(name, args.allow_urls) for name in args.image]
-    answer = stream(loaded, request, quiet=args.json)
-    if args.json:
-        said = {key: value for key, value in vars(answer).items() if value is not None}
-        print(json.dumps(said | {"tokens_per_second": answer.tokens_per_second, "conv_mode": loaded.conv_mode}))
-    if args.attention:
-        request.images = [as_picture(image) for image in request.images]
-        looking.show(loaded, encode(loaded, request), request.images, answer, args)
-    return 0
+    args.adapter = worn
+    args.image = [name for names in args.image for name in (names.split(args.sep) if args.sep else [names])]
+    if args.device_map in ("cpu", "cuda"):  # which is a device, too
+        args.device = args.device_map
+    limit_pixels(args.max_pixels)
+    return args
 
 
 def build_parser():
@@ -561,6 +515,12 @@ def build_parser():
     parser.add_switch("--eager", help="compute plainly: no CUDA graph, no matrices packed for the processor")
     parser.add_switch("--verbose", help="say which kernels compute: Triton's or the references (kernels/choice.py)")
     parser.add_switch("--json", help="print one JSON object and nothing else")
+    for name, flag in LLAVA.items():
+        parser.add_argument(f"--{name}", dest=flag, default=argparse.SUPPRESS, help=f"LLaVA's word for --{flag}",
+                            nargs="+" if flag == "image" else None)
+    for bits in (4, 8):
+        parser.add_argument(f"--load_{bits}bit", dest="bits", default=argparse.SUPPRESS, action="store_const",
+                            const=bits, help=f"LLaVA's word for --bits {bits}")
     return parser
 
 
@@ -572,13 +532,69 @@ def make_request(args, messages, images):
         raise ValueError(f"--{error}") from None
 
 
+def look(name, allow_urls, flag=""):
+    """A picture's name, a path or a URL -> PIL picture. ValueError: there is none, named with its flag."""
+    if not is_url(name) and not Path(name).is_file():
+        raise ValueError(f"{flag}{name} does not exist")
+    return as_picture(source(name, allow_urls))
+
+
+def open_model(args):
+    """The model that the command line names, with its adapters, made ready to answer. -> weights.Loaded"""
+    *others, adapter = args.adapter or [None]
+    spread = args.device_map or args.max_memory
+    loaded = load(
+        args.model_name_or_path, dtype=args.dtype, device=args.device, bits=args.bits, quant_type=args.quant_type,
+        double_quant=args.double_quant, quant_also=args.quant_also, model_base=args.model_base,
+        vision_tower=args.vision_tower, pretrain_mm_mlp_adapter=args.pretrain_mm_mlp_adapter, conv_mode=args.conv_mode,
+        adapter=adapter, force=args.force,
+        place=placing.Placing(args.device_map, args.max_memory, args.plan_tokens) if spread else None)
+    loaded.eager = args.eager
+    for folder in reversed(others):  # each is tried on, the first stays
+        adapters.switch(loaded, folder, args.force)
+    if args.verbose:
+        print(choice.describe(loaded.model.language_model.model.embed_tokens.weight.device), file=sys.stderr)
+    if not (args.eager or loaded.lora or spread):
+        linear.pack(loaded.model.language_model)
+    return loaded
+
+
 def ask(args, loaded, questions, on_answer):
     """Answer the questions of a file with the command line's settings; each that cannot be asked has an error."""
     requests = [make_request(args, [("human", question.prompt)], question.images) for question in questions]
     generate(loaded, requests, batch_size=args.batch_size, errors="keep", on_answer=on_answer)
 
 
-def stream(loaded, request, past=None, hear=None, quiet=False):
+def answer_one(loaded, request, args):
+    """The question of --prompt, with --json as an object, with --attention also where the model looked. -> 0"""
+    if args.attention:
+        looking.layer_range(args.attention_layers, loaded.config.text.num_hidden_layers)  # before anyone waits
+    answer = generate(loaded, [request])[0] if args.json else stream(loaded, request)
+    if args.json:
+        said = {key: value for key, value in vars(answer).items() if value is not None}
+        print(json.dumps(said | {"tokens_per_second": answer.tokens_per_second, "conv_mode": loaded.conv_mode}))
+    if args.attention:
+        looking.show(loaded, encode(loaded, request), request.images, answer, args)
+    return 0
+
+
+def converse(loaded, request, args):
+    """A chat with the request's settings; its pictures go with the first question. -> 0"""
+    def show(name):
+        data.check_tower(loaded.image_processor)
+        return look(name, args.allow_urls)
+
+    def wear(folder):
+        adapters.switch(loaded, folder, args.force)
+        loaded.conv_mode = args.conv_mode or loaded.conv_mode
+
+    if request.images:
+        data.check_tower(loaded.image_processor)
+    first = [*zip(args.image, request.images)]
+    return Chat(partial(stream, loaded), Past, request, show, first, args.adapter, wear).run()
+
+
+def stream(loaded, request, past=None, hear=None):
     """Answer one request, printing the text as it comes and the speed at the end; hear(piece) is called with each piece
     that was printed. -> Answer"""
     printed = []
@@ -591,32 +607,14 @@ def stream(loaded, request, past=None, hear=None, quiet=False):
             if hear:
                 hear(piece)
 
-    answer = generate(loaded, [request], None if quiet else write, past=past)[0]
-    if not quiet:
-        print()
-        decode = max(answer.seconds - answer.first_token_seconds, 1e-9)
-        rate = (len(answer.token_ids) - 1) / decode
-        language = loaded.model.language_model  # every weight is read once per token, of the embeddings one row only
-        weights = *language.lm_head.parameters(), *language.model.layers.parameters()
-        read = sum(p.numel() * p.element_size() for p in weights) * rate / 1e9
-        print(f"[{len(answer.token_ids)} tokens, first after {answer.first_token_seconds:.2f} s, "
-              f"then {rate:.1f} tokens/s, {read:.2f} GB/s of weights]", file=sys.stderr)
+    answer = generate(loaded, [request], write, past=past)[0]
+    print()
+    rate = (len(answer.token_ids) - 1) / max(answer.seconds - answer.first_token_seconds, 1e-9)
+    language = loaded.model.language_model  # every weight is read once per token, of the embeddings one row only
+    size = sum(p.nbytes for part in (language.lm_head, language.model.layers) for p in part.parameters())
+    print(f"[{len(answer.token_ids)} tokens, first after {answer.first_token_seconds:.2f} s, then {rate:.1f} tokens/s, "
+          f"{size * rate / 1e9:.2f} GB/s of weights]", file=sys.stderr)
     return answer
-
-
-def converse(loaded, request, args, worn):
-    """A chat with the request's settings and pictures."""
-    def look(name):
-        data.check_tower(loaded.image_processor)
-        if not is_url(name) and not Path(name).is_file():
-            raise ValueError(f"{name} does not exist")
-        return as_picture(source(name, args.allow_urls))
-
-    def wear(folder):
-        adapters.switch(loaded, folder, args.force)
-        loaded.conv_mode = args.conv_mode or loaded.conv_mode
-
-    return Chat(partial(stream, loaded), Past, request, look, worn, wear).run()
 
 
 if __name__ == "__main__":

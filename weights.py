@@ -62,8 +62,8 @@ class Loaded:
     tower tensors that the model does not need but a saved folder does; new_projector: True if it is untrained;
     silent_ids: ids that no answer may hold, rows of the head without a token. lora: of the adapter that the model wears
     or trains; base: the language model's name, fingerprint: () -> what tells it from others (formats/adapter.py);
-    beside: our names of what the adapter's folder holds beside the adapter. cells: of the cache that there is room for.
-    eager: compute answers in the plain way.
+    beside: our names of what the adapter's folder holds beside the adapter. cells: rows of prompts and answers that the
+    cache has room for, None without such a plan. eager: answer without recorded steps (sampling/graph.py).
     """
 
     model: Llava
@@ -350,7 +350,7 @@ def fill(model, tensors, dtype, main, where, quantisation, offload=False, plan=N
         if isinstance(tensor, Folded):
             return quant.QuantisedLinear(tensor.shape, tensor.kind, tensor.parts(), dtype).to(device)
         if name.endswith(".weight") and quantisation.wants(module, model.get_submodule(module)):
-            return quantisation.linear(tensor.read(), dtype).to(device)
+            return quantisation.linear(tensor.read().to(device), dtype)
         if plan and device.type == "meta":
             return p
         if not hasattr(p, "device_mesh"):

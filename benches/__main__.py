@@ -6,13 +6,14 @@
       --json FILE --png FILE            the rows as JSON, as a picture
 
 A row is a function `row(smoke) -> {ours, peer, peer_name, unit, error}` in the file of its theme. `ratio` is peer to
-ours: above 1 we are faster or smaller. `error` is the largest difference between both results.
+ours: above 1 we are faster or smaller; a peer that is not installed has neither. `error` is the largest difference
+between both results. A row that fails is told, and the others go on; the exit status is 1 then.
 """
 
 import json
 import platform
 import sys
-from importlib.metadata import version
+import traceback
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -54,27 +55,35 @@ def main():
     known = ROWS[args.device]
     if unknown := [name for name in args.rows if name not in known]:
         raise ValueError(f"no {args.device} row {', '.join(unknown)}; there are {', '.join(known) or 'none yet'}")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
+    versions = {"python": platform.python_version()} | {name: gpu.version(name) for name in ("torch", "transformers")}
     print(f"{machine()}; " + ", ".join(f"{name} {number}" for name, number in versions.items()), file=sys.stderr)
     if args.device == "gpu":
+        gpu.device(args.smoke)  # or an error
         versions |= gpu.versions()
         print(gpu.describe(), file=sys.stderr)
-    rows = []
-    for name in args.rows or known:
-        row = {"row": name, **known[name](args.smoke)}
-        rows.append(row | {"ratio": row["peer"] / row["ours"], "versions": versions})
+    rows, names = [], args.rows or known
+    for name in names:
+        try:
+            row = {"row": name, **known[name](args.smoke)}
+        except Exception:  # whatever it is: the other rows have taken minutes, or will
+            traceback.print_exc()
+            print(f"{name:22s} failed", flush=True)
+            continue
+        rows.append(row | {"ratio": row["peer"] and row["peer"] / row["ours"], "versions": versions})
         print(line(rows[-1]), flush=True)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=2)
+        if args.json:  # after each row, in case that the time is up
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump(rows, file, indent=2)
     if args.png:
-        draw(rows, args.png)
+        draw([row for row in rows if row["peer"]], args.png)
+    return int(len(rows) < len(names))
 
 
 def line(row):
     """A row of the table."""
-    return (f"{row['row']:22s} ours {row['ours']:8.3f} {row['unit']:3s} {row['peer_name']} {row['peer']:8.3f} "
-            f"{row['unit']:3s} {row['ratio']:6.2f}x   error {row['error']:g}"
+    peer = (f"{row['peer_name']} {row['peer']:8.3f} {row['unit']:3s} {row['ratio']:6.2f}x" if row["peer"] else
+            "and no peer here")
+    return (f"{row['row']:22s} ours {row['ours']:8.3f} {row['unit']:3s} {peer}   error {row['error']:g}"
             + (f"   {row['share']:.0%} of the floor" if "share" in row else ""))
 
 

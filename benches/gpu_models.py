@@ -1,9 +1,10 @@
 """Whole models on a GPU: LLaVA-1.5-7B with random weights, in bfloat16, beside transformers, peft and bitsandbytes.
 
 Both sides share the weights in memory, and see the same batches: theirs padded to the longest sequence, ours packed.
-Steps are those of an optimiser, forward to AdamW, whose rate is 0, so that every step is the first one. `error` is the
-difference of both losses, or of the scores of the next word, relative to the largest. "as LLaVA" computes activations a
-second time, as LLaVA's scripts have it. Where less than 120 GB of memory are there, batches are a quarter as large.
+Python's time to launch kernels counts. Steps are those of an optimiser, forward to AdamW, whose rate is 0, so that every
+step is the first one. `error` is the difference of both losses, or of the scores of the next word, relative to the
+largest. "as LLaVA" computes activations a second time, as LLaVA's scripts have it. Where less than 120 GB of memory are
+there, batches are a quarter as large. Without bitsandbytes the peer of what is in 4 bits is in 16.
 
 A step of decoding is timed at the same place again and again: the cache is taken back after each. Ours is the recorded
 one (sampling/graph.py), but for decode_7b_eager.
@@ -114,8 +115,8 @@ def step(smoke, lengths, learned, kind):
     batch = conversations(model.config, lengths, learned, where)
     other, image_token = peer_of(model)
     inputs = inputs_of(batch, image_token, other.dtype)
+    name = quantise_theirs(other) if kind == "qlora" else "transformers"
     if kind == "qlora":
-        quantise_theirs(other)
         quantise_ours(model)
     if kind == "projector":
         trained = [p.requires_grad_() for p in model.mm_projector.parameters()]
@@ -127,14 +128,14 @@ def step(smoke, lengths, learned, kind):
         for p in trained:
             p.data = p.data.to(other.dtype)  # as peft's
         others = adapt_theirs(other, rank)
-    peers = {"transformers, as LLaVA": stepping(lambda: checkpointed(other, True)(**inputs).loss, others)}
-    if where.type == "cpu" or kind != "projector":
-        peers["transformers"] = stepping(lambda: checkpointed(other, False)(**inputs).loss, others)
+    peers = {f"{name}, as LLaVA": stepping(lambda: checkpointed(other, True)(**inputs).loss, others),
+             name: stepping(lambda: checkpointed(other, False)(**inputs).loss, others)}  # where memory is enough
     head, layers = model.language_model.lm_head.weight.numel(), quant.count(model, "language_model.model.layers")
     operations = 4 * (sum(lengths) * layers + learned * len(lengths) * head) + reading_pictures(model, len(lengths))
     with torch.no_grad():
         theirs = checkpointed(other, False)(**inputs).loss.float()
-    return contest(smoke, stepping(lambda: model.loss(batch), trained), peers, lambda: (theirs,), operations, rounds=5)
+    return contest(smoke, stepping(lambda: model.loss(batch), trained), peers, lambda: (theirs,), operations, rounds=5,
+                   head_start=0)
 
 
 def stepping(loss_of, trained):
@@ -186,8 +187,11 @@ def quantise_ours(model, planar=False):
 
 
 def quantise_theirs(model):
-    """The same by bitsandbytes."""
-    import bitsandbytes as bnb
+    """The same by bitsandbytes, where that is installed. -> what the model is to be called"""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        return "transformers in 16 bits"
     for name, linear in list(model.named_modules()):
         if isinstance(linear, torch.nn.Linear) and ".layers." in name and "language_model" in name:
             new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4",
@@ -196,6 +200,7 @@ def quantise_theirs(model):
                                            compress_statistics=True)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new.to(linear.weight.device))
+    return "transformers + bitsandbytes"
 
 
 def reading_pictures(model, count):
@@ -258,8 +263,8 @@ def answer(smoke, count, reading=False, nf4=False, recorded=True, planar=False):
     inputs = inputs_of(batch, image_token, other.dtype)
     del inputs["labels"]
     other.eval()
+    name = quantise_theirs(other) if nf4 else "transformers"
     if nf4:
-        quantise_theirs(other)
         quantise_ours(model, planar)
 
     def read():
@@ -276,8 +281,8 @@ def answer(smoke, count, reading=False, nf4=False, recorded=True, planar=False):
     if reading:
         operations = 2 * count * length * quant.count(model, "language_model.model.layers")
         operations += reading_pictures(model, count)
-        return contest(smoke, lambda: read()[:1], {"transformers": lambda: read_theirs()[:1]},
-                       lambda: (read_theirs()[0].float(),), operations, traffic, rounds=10)
+        return contest(smoke, lambda: read()[:1], {name: lambda: read_theirs()[:1]},
+                       lambda: (read_theirs()[0].float(),), operations, traffic, rounds=10, head_start=0)
     (_, cache, stretches), (_, past) = read(), read_theirs()
     word, decoder = torch.full((count,), 5, device=where), Decoder(model, cache)
     step = SimpleNamespace(input_ids=word, position_ids=torch.full_like(word, length), image_sizes=[], ids=[],
@@ -299,8 +304,7 @@ def answer(smoke, count, reading=False, nf4=False, recorded=True, planar=False):
     traffic += 2 * count * length * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2
     for _ in range(TRIES):  # the next one is recorded
         ours()
-    return contest(smoke, ours, {"transformers" + " + bitsandbytes" * nf4: theirs}, lambda: (theirs()[0].float(),),
-                   traffic=traffic, rounds=20)
+    return contest(smoke, ours, {name: theirs}, lambda: (theirs()[0].float(),), traffic=traffic, head_start=0)
 
 
 ROWS = {row.__name__: row for row in (

@@ -36,7 +36,8 @@ class Packing:
         self.count = len(self.lengths)
         self.dense = self.count * self.max_seqlen == self.rows
         self.empty = self.count * self.max_seqlen**2 - sum(n * n for n in self.lengths)
-        self.sequence = torch.repeat_interleave(torch.arange(self.count, device=lengths.device), lengths)
+        numbers = torch.arange(self.count, device=lengths.device)
+        self.sequence = numbers.repeat_interleave(lengths, output_size=self.rows)
         self.position = torch.arange(self.rows, device=lengths.device) - self.cu_seqlens[self.sequence]
         self.cells = self.sequence * self.max_seqlen + self.position  # (T,) each row's place in the (B, L) grid
 

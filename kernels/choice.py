@@ -71,6 +71,7 @@ def use_triton(kernel, x, obstacle=None, slow=False):
     return True
 
 
+@cache
 def device_has_triton(device):
     """Whether Triton's kernels are the default there."""
     return (triton is not None and device.type == "cuda" and torch.version.cuda is not None

@@ -28,6 +28,7 @@ Legend: T rows, in and out the widths of a matrix (out, in).
 
 import contextlib
 import ctypes
+import sys
 from collections import Counter
 from functools import cache
 
@@ -41,6 +42,7 @@ from kernels.nf4 import BLOCK, decode_groups, halves
 GPU = ("cuda",)
 CODED = "codes", "absmax", "nested"
 JOINED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # linears of one input
+PAGE, COLLAPSE = 2**21, 25  # bytes; MADV_COLLAPSE of Linux's madvise
 FEW = {"int8": 32, "int4": 160}  # rows up to which multiplying codes is faster than decoding them all at once
 
 
@@ -76,6 +78,9 @@ def pack(model):
             count += len(linears)
         if count > before:
             _give_back()
+    for module in model.modules():
+        if isinstance(module, tuple(PRODUCTS.values())):
+            _into_large_pages(module.parameters())
     return count
 
 
@@ -84,6 +89,19 @@ def _give_back():
     packed matrix fits into: SmolLM2-135M, 269 MB, would take 245 MB more; it takes 39, less than its tied head."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc alone has this
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _into_large_pages(tensors):
+    """Have Linux (from 6.1 on) move tensors on a CPU to pages of 2 MB, which are read through with fewer stops: a token
+    of SmolLM2-135M takes 36 instead of 42 ms in bfloat16, 31.5 instead of 34 in int8. What it cannot move stays."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        advise = ctypes.CDLL(None).madvise
+        advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+        for x in tensors:
+            if x.device.type == "cpu" and sys.platform == "linux":
+                begin = torch.ops.mkldnn.data_ptr(x) if x.is_mkldnn else x.data_ptr()
+                first = begin // PAGE * PAGE
+                advise(first, begin + x.nbytes - first, COLLAPSE)
 
 
 def unpack(model):

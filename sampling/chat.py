@@ -26,14 +26,13 @@ class Chat:
 
     ask(request, past, hear) -> Answer: prints the answer as it is written, handing each piece of text to hear(piece);
     new_past(): a memory of what the engine has read, which it keeps up by itself; request: the settings of every
-    question, with the names of the first one's pictures as images; look(name) -> PIL picture, ValueError if the model
-    cannot be shown it; worn: folders of adapters, wear(folder): put one of them on.
+    question; look(name) -> PIL picture, ValueError if the model cannot be shown it; first: [(name, picture)], shown
+    with the first question; worn: folders of adapters, wear(folder): put one of them on.
     """
 
-    def __init__(self, ask, new_past, request, look, worn=(), wear=None):
-        self.ask, self.new_past, self.look, self.worn, self.wear = ask, new_past, look, worn, wear
+    def __init__(self, ask, new_past, request, look, first=(), worn=(), wear=None):
+        self.ask, self.new_past, self.look, self.first, self.worn, self.wear = ask, new_past, look, first, worn, wear
         self.settings, self.saved = request, set()
-        self.first = [(name, look(name)) for name in request.images]
         self.begin()
 
     def begin(self):

@@ -14,6 +14,7 @@ import warnings
 
 import torch
 
+import data
 import quant
 from kernels.choice import use_triton
 
@@ -22,11 +23,26 @@ TRIES = 2  # times that a step runs before it is recorded, which compiles its ke
 
 
 class Decoder:
-    """Reads one token of each of several sequences: what `model.logits` does, at less cost. For one model and cache."""
+    """Reads what has been said last, by recorded steps where it can. For one model and the cache of all its sequences.
+
+    records: whether it can; steps: {(rows, longest): Step}; pools: where the cache lay when they were made; spare: a
+    stretch for the rows, up to a power of two, that nobody asked for."""
 
     def __init__(self, model, cache, wanted=True):
         self.model, self.cache, self.records = model, cache, wanted and can_be_recorded(model)
-        self.steps, self.places, self.spare = {}, None, None
+        self.steps, self.pools, self.spare = {}, None, None
+
+    def read(self, tokens, stretches):
+        """tokens: of each sequence those that its stretch of the cache does not hold yet, lists of ids. -> scores after
+        each of them, (T, V) float32, until the next call"""
+        if self.records and all(len(ids) == 1 for ids in tokens):
+            return self(sum(tokens, []), stretches)
+        positions = [stretch.length + i for stretch, ids in zip(stretches, tokens) for i in range(len(ids))]
+        device = self.model.language_model.model.embed_tokens.weight.device
+        ids, positions = torch.tensor([sum(tokens, []), positions], device=device)
+        bounds = torch.tensor([0, *map(len, tokens)], device=device).cumsum(0)
+        batch = data.Batch(ids, None, positions, bounds, torch.empty(0, device=device), [])
+        return self.model.logits(batch, self.cache, stretches)
 
     def __call__(self, token_ids, stretches):
         """The next token of each stretch, ids in a list -> scores after it, (B, V) float32, until the next call."""
@@ -34,10 +50,10 @@ class Decoder:
             self.cache.fit(stretch, stretch.length + 1)
         rows = 1 << (len(token_ids) - 1).bit_length() if self.records else len(token_ids)
         if rows > len(token_ids) and self.spare is None:
-            self.spare = self.cache.open(1)  # where rows go that nobody asked for
-        places = [pool.data_ptr() for pool in (*self.cache.keys, *self.cache.values)]
-        if places != self.places:
-            self.places, self.steps = places, {}
+            self.spare = self.cache.open(1)
+        pools = [pool.data_ptr() for pool in (*self.cache.keys, *self.cache.values)]
+        if pools != self.pools:
+            self.pools, self.steps = pools, {}
         longest = max(SHORTEST, 1 << max(stretch.length for stretch in stretches).bit_length())
         if (rows, longest) not in self.steps:
             self.steps[rows, longest] = Step(self.model, self.cache, rows, longest)

@@ -22,6 +22,7 @@ import shutil
 import sys
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -40,7 +41,7 @@ PAPER, INK, FAINT = (18, 18, 22), (240, 240, 235), (140, 140, 150)
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-def stretch(layers, count):
+def layer_range(layers, count):
     """--attention_layers -> (first, behind the last) of a model's `count` layers, from 0. ValueError for no such."""
     if layers in ("mean", "rollout", "last"):
         return count - 1 if layers == "last" else 0, count
@@ -66,7 +67,7 @@ def picture_attention(loaded, example, token_ids, layers="mean"):
     batch, language = data.pack([example], loaded.config), loaded.model.language_model.model
     every = torch.arange(len(batch.input_ids))
     writing, places = every[asked - 1: -1], every[batch.input_ids == IMAGE_TOKEN_INDEX]
-    first, last = stretch(layers, len(language.layers))
+    first, last = layer_range(layers, len(language.layers))
     rollout, start = layers == "rollout", (every[:, None] == places).float()  # (T, places): each place is its own
     share = start if rollout else 0 * start[writing]
 
@@ -201,13 +202,10 @@ def shortened(text, font, room):
 
 def thumbnail(picture, rows=14):
     """A picture as text: one character of a terminal shows two pixels, one above the other."""
-    small = picture.resize((rows * 2 * picture.width // picture.height, rows * 2))
+    pixels = np.asarray(picture.resize((rows * 2 * picture.width // picture.height, rows * 2)))
     cell = "\033[38;2;{};{};{};48;2;{};{};{}m\u2580"  # upper half block: foreground above, background below
-    lines = []
-    for y in range(0, small.height, 2):
-        cells = [(small.getpixel((x, y)), small.getpixel((x, y + 1))) for x in range(small.width)]
-        lines.append("".join(cell.format(*upper, *lower) for upper, lower in cells) + "\033[0m")
-    return "\n".join(lines)
+    return "\n".join("".join(cell.format(*above, *below) for above, below in zip(*two_rows)) + "\033[0m"
+                     for two_rows in zip(pixels[::2], pixels[1::2]))
 
 
 def show(loaded, example, pictures, answer, args):

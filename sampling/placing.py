@@ -111,9 +111,10 @@ class Placing:
     """What --device_map, --max_memory and --plan_tokens ask for; weights.load calls it to learn what goes where.
     max_memory: '4GB' of each device that computes, or 'cuda:0=4GB,cpu=8GB'; None: what is free. ValueError: neither."""
 
-    def __init__(self, device_map="auto", max_memory=None, tokens=2048):
-        self.device_map, self.tokens, self.limits = device_map, tokens, {}  # {device, its kind, or '' for all: bytes}
-        if device_map not in MAPS or tokens < 1:
+    def __init__(self, device_map=None, max_memory=None, tokens=2048):
+        self.device_map, self.tokens = device_map or "auto", tokens
+        self.limits = {}  # {device, its kind, or '' for all: bytes}
+        if self.device_map not in MAPS or tokens < 1:
             raise ValueError(f"--device_map {device_map} --plan_tokens {tokens}: expected {', '.join(MAPS)}, 1 or more")
         for word in filter(None, (max_memory or "").replace(" ", "").split(",")):
             device, _, size = word.rpartition("=")
@@ -230,9 +231,9 @@ class Plan:
         words = {"cpu": "in main memory", DISK: "on disk"}
         command.say("  layers " + ", ".join(
             f"{first}-{last} {words.get(home) or f'on {home}'}" + f" take turns on {device}" * (home != device)
-            for first, last, device, home, _ in self.stretches()))
+            for first, last, device, home, _ in self.groups()))
 
-    def stretches(self):
+    def groups(self):
         """Neighbours that live alike -> (first, last, device, home, bytes of their weights)"""
         for (device, home), group in groupby(range(len(self.homes)), lambda i: (self.devices[i], self.homes[i])):
             layers = [*group]
@@ -242,11 +243,11 @@ class Plan:
         """What lies where, as a table."""
         needs, first, last, used = self.needs, next(iter(self.rooms)), self.devices[-1], {}
         rows = [("embeddings, head, tower, projector", first, needs.around)]
-        rows += [(f"layers {begin}-{end}", home, size) for begin, end, _, home, size in self.stretches()]
+        rows += [(f"layers {begin}-{end}", home, size) for begin, end, _, home, size in self.groups()]
         for device in (there := dict.fromkeys((first, *self.devices))):
             rows += [(f"cache of {tokens:,} tokens, adapters", device, needs.beside * self.devices.count(device)),
                      ("workspace", device, needs.work)]
-        turning = sum(size for *_, device, home, size in self.stretches() if device != home)
+        turning = sum(size for *_, device, home, size in self.groups() if device != home)
         rows += [("room for two layers that take turns", last, needs.buffers)] if turning else []
         yield f"{'part':40s} {'where':8s} {'GB':>8s}"
         for part, where, size in rows:
@@ -263,23 +264,28 @@ def refuse(*_):
     raise ValueError("layers of this model take turns (--device_map, --max_memory); to save it, load it without")
 
 
-def show(placing, name, device, dtype, quantisation, model_base=None, vision_tower=None, adapter=None):
-    """Print what would lie where, from config.json files alone; GPUs that --max_memory names need not be here. -> 0"""
-    if not torch.cuda.is_available() and any(":" in name for name in placing.limits):
-        device, dtype = torch.device("cuda"), dtype.replace("auto", "bfloat16")
+def show(args):
+    """sample.py's --plan: print what would lie where, from config.json files alone; GPUs that --max_memory names need
+    not be here. -> 0"""
+    name, placing = args.model_name_or_path, Placing(args.device_map, args.max_memory, args.plan_tokens)
+    quantisation = Quantisation(args.bits, args.quant_type, args.double_quant, args.quant_also)
+    if not torch.cuda.is_available() and any(":" in limit for limit in placing.limits):
+        device, dtype = torch.device("cuda"), args.dtype.replace("auto", "bfloat16")
     else:
-        device = pick_device(device)
-    config, stored = published.model_config(name), published.values_of(model_base or name).get("quantization_config")
-    if model_base:
-        config = replace(config, text=published.model_config(model_base).text)
-    if vision_tower:
-        config = replace(config, vision=published.tower_config(vision_tower))
+        device, dtype = pick_device(args.device), args.dtype
+    config = published.model_config(name)
+    stored = published.values_of(args.model_base or name).get("quantization_config")
+    if args.model_base:
+        config = replace(config, text=published.model_config(args.model_base).text)
+    if args.vision_tower:
+        config = replace(config, vision=published.tower_config(args.vision_tower))
     if stored:  # its files hold codes already
         quantisation = Quantisation(8 if stored.get("load_in_8bit") else 4, stored.get("bnb_4bit_quant_type", "nf4"),
                                     bool(stored.get("bnb_4bit_use_double_quant")))
     dtype = pick_dtype(dtype, device)
     with torch.device("meta"), Blank():
         model = Llava(config).to(dtype)
+    adapter = args.adapter[-1] if args.adapter else None  # which is loaded first
     plan = placing(model, {}, quantisation, device, adapter, bool(quantisation.kind and not stored))
     bits = f", {quantisation.bits} bits" * (quantisation.bits < 16)
     print(f"{name} in {str(dtype).removeprefix('torch.')}{bits}", *plan.lines(placing.tokens), sep="\n")

@@ -131,14 +131,15 @@ class AnswerFile:
         for path in [self.path, *self.parts()]:
             place = 0
             for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-                ours, whole = False, line.endswith(b"\n")
-                with suppress(LookupError, TypeError):
-                    try:
-                        row = json.loads(line)
-                        key = row["question_id"], row["prompt"]
-                        ours = key in self.questions and row["model_id"] == self.model_id and "metadata" in row
-                    except ValueError:
-                        ours = not whole and line[:len(HEAD)] == HEAD[:len(line)]
+                whole = line.endswith(b"\n")
+                try:
+                    row = json.loads(line)
+                    key = row["question_id"], row["prompt"]
+                    ours = key in self.questions and row["model_id"] == self.model_id and "metadata" in row
+                except (LookupError, TypeError):
+                    ours = False
+                except ValueError:  # no JSON: the beginning of a line, if it is the last
+                    ours = not whole and line[:len(HEAD)] == HEAD[:len(line)]
                 if not ours:
                     raise ValueError(f"--out {path}, line {number} is no answer of {self.model_id} to one of these "
                                      "questions; name another file")
@@ -189,7 +190,7 @@ def answer_file(args, load, ask):
         raise ValueError(f"--out {args.out} is the file of questions; name another one for the answers")
     keys = piece(list(questions), args.num_chunks, args.chunk_idx)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    file = AnswerFile(args.out, questions, args.adapter or args.model_name_or_path, rank)
+    file = AnswerFile(args.out, questions, (args.adapter or [args.model_name_or_path])[0], rank)
     done = {key for key, row in file.read().items() if "error" not in row["metadata"]}
     todo = [questions[key] for key in keys[rank::world] if key not in done]
     if skipped := len(done.intersection(keys)):

@@ -38,16 +38,16 @@ class Buffer:
     def adopt(self, layer, tensors=None):
         """Have a layer take turns. Its weights move to main memory, or with tensors, {name: LazyTensor}, are read from
         their file each time."""
-        layout, turn = layout_of(layer), len(self.turns)
+        turn = len(self.turns)
         if tensors is None:
             size = size_of(layer)
             kept = page_locked(size) if self.stream else torch.empty(size, dtype=torch.uint8)
-            for name, view in views(kept, layout).items():
+            for name, view in views(kept, layer).items():
                 view.copy_(layer.get_parameter(name))
             self.turns.append(lambda: kept)
         else:
-            self.turns.append(partial(self._read, tensors, views(self.stage, layout)))
-        for name, view in views(self.bytes, layout).items():
+            self.turns.append(partial(self._read, tensors, views(self.stage, layer)))
+        for name, view in views(self.bytes, layer).items():
             module, _, leaf = name.rpartition(".")
             setattr(layer.get_submodule(module), leaf, nn.Parameter(view, requires_grad=False))
         for module in layer.modules():
@@ -80,9 +80,9 @@ class Buffer:
         elif kept is not self.bytes:
             self.bytes[: len(kept)].copy_(kept)
 
-    def _read(self, tensors, places):
+    def _read(self, tensors, parts):
         for name, tensor in parts_of(tensors):
-            files.read_into(tensor, places[name])
+            files.read_into(tensor, parts[name])
         return self.stage
 
 
@@ -94,35 +94,29 @@ class Following:
         self.batch, self.there = None, {}
 
     def __call__(self, device, _, given):
-        x, *tables = given  # x (T, D); of a layer rotary, packing, and the cache, which looks after itself
-        if tables and self.batch is not tables[1]:
-            self.batch, self.there = tables[1], {x.device: tuple(tables[:2])}
-        if tables and device not in self.there:
-            rotary, packing = tables[0], copy(tables[1])
-            vars(packing).update({key: value.to(device) for key, value in vars(packing).items()
-                                  if isinstance(value, torch.Tensor)})
-            self.there[device] = tuple(table.to(device) for table in rotary), packing
-        return x.to(device), *(self.there[device] if tables else ()), *tables[2:]
-
-
-def layout_of(layer):
-    """{name of a parameter: (its first byte in a buffer, bytes, dtype, shape)}"""
-    layout, end = {}, 0
-    for name, p in layer.named_parameters():
-        layout[name] = end, p.nbytes, p.dtype, p.shape
-        end += -(-p.nbytes // ALIGN) * ALIGN
-    return layout
+        x, *tables = given  # (T, D)
+        if not tables:  # the norm behind the layers
+            return (x.to(device),)
+        rotary, packing, cache = tables  # the last looks after itself
+        if self.batch is not packing:
+            self.batch, self.there = packing, {x.device: (rotary, packing)}
+        if device not in self.there:
+            moved = copy(packing)
+            vars(moved).update({k: v.to(device) for k, v in vars(packing).items() if isinstance(v, torch.Tensor)})
+            self.there[device] = tuple(table.to(device) for table in rotary), moved
+        return x.to(device), *self.there[device], cache
 
 
 def size_of(layer):
-    """Bytes of a buffer that a layer takes."""
-    return max(begin + size for begin, size, _, _ in layout_of(layer).values())
+    """Bytes of a buffer that a layer takes; each of its parameters begins on a cache line."""
+    return sum(-(-p.nbytes // ALIGN) * ALIGN for p in layer.parameters())
 
 
-def views(flat, layout):
-    """{name: the tensor that stands in a buffer's bytes}"""
-    return {name: flat[begin: begin + size].view(dtype).view(shape)
-            for name, (begin, size, dtype, shape) in layout.items()}
+def views(flat, layer):
+    """{name of a parameter: the tensor of its shape in a buffer's bytes, flat (size_of(layer),) uint8}"""
+    sizes = [-(-p.nbytes // ALIGN) * ALIGN for p in layer.parameters()]
+    return {name: part[: p.nbytes].view(p.dtype).view(p.shape)
+            for (name, p), part in zip(layer.named_parameters(), flat[: sum(sizes)].split(sizes))}
 
 
 def parts_of(tensors):

@@ -79,8 +79,33 @@ def test_a_peer_that_does_not_run_is_named_and_left_out(capsys):
     row = gpu.contest(True, lambda: (torch.ones(9),), sides, lambda: (torch.ones(9),), traffic=72)
     assert set(row["peers"]) == {"slow"} and row["share"] == row["floor"] / row["ours"]
     assert "broken does not run here: RuntimeError 'No available kernel'" in capsys.readouterr().err
+    alone = gpu.contest(True, lambda: (torch.ones(9),), {"broken": broken}, lambda: (torch.ones(9),))
+    assert alone["peer"] is alone["peer_name"] is None and alone["ours"] > 0
+    assert "and no peer here" in benches.line({"row": "x", "ratio": None} | alone)
     with pytest.raises(RuntimeError):
         gpu.contest(True, broken, {"slow": sides["slow"]})
+
+
+def test_a_row_that_fails_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
+    alone = {"ours": 0.5, "peer": None, "peer_name": None, "unit": "ms", "error": 0.0}
+    monkeypatch.setattr(benches, "ROWS", {"cpu": {"a": lambda smoke: 1 / 0, "b": lambda smoke: alone}, "gpu": {}})
+    monkeypatch.setattr(sys, "argv", ["benches", "cpu", "--json", str(tmp_path / "x"), "--png", str(tmp_path / "x.png")])
+    assert benches.main() == 1
+    out, err = capsys.readouterr()
+    assert [line.split()[:2] for line in out.splitlines()] == [["a", "failed"], ["b", "ours"]]
+    assert "ZeroDivisionError" in err and [row["row"] for row in json.loads((tmp_path / "x").read_text())] == ["b"]
+
+
+def test_without_bitsandbytes_the_peer_is_in_16_bits(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert gpu_models.ROWS["decode_7b_nf4"](smoke=True)["peer_name"] == "transformers in 16 bits"
+    assert gpu.ROWS["nf4_1_row"](smoke=True)["peer"] is None
+
+
+def test_what_is_timed_of_a_peer_is_not_put_in_our_order():
+    row = gpu.contest(True, lambda: (torch.ones(4),), {"other": lambda: (2 * torch.ones(2, 2),)},
+                      lambda: (torch.ones(4),), seen=lambda results: tuple(x.flatten() / 2 for x in results))
+    assert row["error"] == row["peer_error"] == 0
 
 
 def test_adapters_are_a_row_for_each_run(tmp_path):
@@ -151,7 +176,7 @@ def test_memory_of_a_step_is_what_its_tensors_take():
 
 @pytest.mark.parametrize("name", ["prefill", "decode_bf16", "decode_int8", "batch_16"])
 def test_rows_of_answers_compare_the_same_model(name):
-    """As far as bfloat16, and int8, can tell; the scores' standard deviation is 12."""
+    """As far as bfloat16, and int8, can tell; the scores' standard deviation is 8."""
     row = benches.ROWS["cpu"][name](True)
     assert row["ours"] > 0 and row["peer"] > 0 and row["error"] < (1.5 if "int8" in name else 0.5)
 

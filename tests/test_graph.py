@@ -24,10 +24,10 @@ def loaded(tiny_llama, tiny_clip):
 
 @pytest.fixture
 def requests(tmp_path):
-    """That come and go, with pictures and without, drawn and greedy, one with guesses."""
+    """That come and go, with pictures and without, drawn and greedy, one with guesses, one with beams."""
     pictures = draw(tmp_path)
-    return [Request([("human", "word " * (1 + 5 * (i % 4)))], [pictures / "a.png"] * (i % 3 == 0), 4 + 7 * i,
-                    temperature=(i % 2) * 0.8, seed=i, lookup=3 * (i == 4)) for i in range(6)]
+    return [Request([("human", "word " * (1 + 5 * (i % 4)))], [pictures / "a.png"] * (i % 3 == 0), 4 + 7 * i, seed=i,
+                    temperature=(i % 2) * 0.8, lookup=3 * (i == 4), num_beams=1 + 2 * (i == 2)) for i in range(6)]
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_nothing_listens_on_and_the_prompt_stays_as_it_was(loaded, theirs):
 @pytest.mark.parametrize("layers", ["first", "0", "4", "3-2", "2-4", "-1", "1-", ""])
 def test_layers_that_do_not_exist_are_refused(layers):
     with pytest.raises(ValueError, match=f"--attention_layers {layers}: expected mean, last, rollout, .* 1 to 3"):
-        looking.stretch(layers, 3)
+        looking.layer_range(layers, 3)
 
 
 # --------------------------------------------------------------------------------------------------------------- words

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kernels import elementwise
 from kernels.attention import Packing, attend_to_cache, attention
 from model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Cache, Llama, LlamaConfig, Llava, LlavaConfig
 from vision import ClipVisionConfig
@@ -184,6 +185,37 @@ def test_attend_to_cache_looks_at_each_row_s_own_past():
         assert (out[i] - dense(last, keys[start: start + n], values[start: start + n], True)[-1]).abs().max() < 2e-6
     alone = [attend_to_cache(q[at], keys, values, starts[at], lengths[at]) for at in ([0], [1, 2, 3], [4])]
     assert torch.equal(torch.cat(alone), out)
+
+
+def test_many_sequences_that_decode_in_bfloat16_share_two_products():
+    """As near to the exact answer as each alone; cells that nobody has written hold anything."""
+    generator = torch.Generator().manual_seed(1)
+    starts, lengths = torch.arange(6) * 20 + 3, torch.tensor([9, 10, 6, 17, 8, 14])
+    keys, values = torch.randn(2, 130, 2, 8, generator=generator).bfloat16()
+    written = torch.cat([torch.arange(start, start + n) for start, n in zip(starts.tolist(), lengths.tolist())])
+    for cells in (keys, values):
+        cells[~torch.isin(torch.arange(130), written)] = float("nan")
+    q = torch.randn(6, 6, 8, generator=generator).bfloat16()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = attend_to_cache(q, keys, values, starts, lengths)
+    assert sum(event.key == "aten::bmm" and event.count for event in profile.key_averages()) == 2
+    alone = torch.cat([attend_to_cache(q[i: i + 1], keys, values, starts[i: i + 1], lengths[i: i + 1])
+                       for i in range(6)])
+    exact = attend_to_cache(q.float(), keys.float(), values.float(), starts, lengths)
+    assert (out - exact).abs().max() < 2**-6 and (alone - exact).abs().max() < 2**-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_shorter_without_a_gradient_says_the_same(dtype):
+    """Bit for bit: norm, SwiGLU and rotation."""
+    x, weight, cos = (torch.randn(shape).to(dtype) for shape in ((5, 24), (24,), (5, 1, 8)))
+    q, k = torch.randn(5, 4, 8).to(dtype), torch.randn(5, 2, 8).to(dtype)
+    found = []
+    for learns in (False, True):
+        with torch.set_grad_enabled(learns):
+            found.append([elementwise.rms_norm(x, weight, 1e-5), elementwise.swiglu(x, x.flip(0)),
+                          *elementwise.rotate(q, k, cos, cos)])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import copy_tokenizer
 from drawn import draw
+from test_kernels import on_a_gpu
 
 import lora
 import quant
@@ -326,14 +327,14 @@ def test_memory_stays_below_the_limit(tmp_path, tiny_tokenizer):
     assert limited["said"] == whole["said"]
 
 
-@pytest.mark.gpu
+@on_a_gpu
 @pytest.mark.parametrize("homes", [["cpu"] * 3, [DISK] * 3, ["cuda:0", "cpu", DISK]])
 def test_layers_come_to_the_gpu(tiny_llava, requests, homes):
     loaded = load(tiny_llava, "float32", "cuda", place=InPieces(homes, "cuda:0"))
     assert answers(loaded, requests) == answers(load(tiny_llava, "float32", "cuda"), requests)
 
 
-@pytest.mark.gpu
+@on_a_gpu
 def test_the_gpu_s_memory_stays_below_the_limit(tmp_path, tiny_tokenizer):
     write_model(tmp_path / "model", {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
                                      "num_attention_heads": 16, "vocab_size": 512}, torch.float32)
@@ -347,7 +348,7 @@ def test_the_gpu_s_memory_stays_below_the_limit(tmp_path, tiny_tokenizer):
     assert limited == answers(load(tmp_path / "model", "float32", "cuda"), [Request([("human", "Hi")], [], 9)])
 
 
-@pytest.mark.gpu
+@on_a_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_share_a_model(tiny_llava, requests):
     loaded = load(tiny_llava, "float32", "cuda", place=Placing("balanced"))

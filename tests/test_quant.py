@@ -658,7 +658,7 @@ def test_the_curve_on_smollm2(smollm, tmp_path):
     """The real SmolLM2-135M learns the miniature's captions, as text, with a LoRA of rank 16 upon bfloat16 and upon
     NF4: rounding costs it over 3 % before, and under 2 % after 80 steps, on its last 20 batches and on records that it
     has not seen. Captions are drawn by lot, so most of this loss cannot be learned away, as with any real text; the
-    loss of answers about pictures, which is still halving at the end, differs by more, either way. (Six minutes.)"""
+    loss of answers about pictures, which is still halving at the end, differs by more, either way. (Ten minutes.)"""
     captions, _ = records.caption_records(seed=0, count=1200)
     for caption in captions:
         caption["conversations"][0]["value"] = caption["conversations"][0]["value"].removeprefix("<image>\n")

@@ -91,8 +91,19 @@ def test_the_files_it_names_exist():
         assert (ROOT / name).exists(), name
 
 
+def test_its_python_runs(monkeypatch, capsys):
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import" in block]
+    monkeypatch.chdir(ROOT)
+    for block in blocks:
+        names = {}
+        exec(block, names)
+        assert [bool(answer.text) for answer in names["answers"]] == [True, True]
+    assert blocks
+
+
 def test_the_number_of_lines_it_promises():
     promised = int(re.search(r"in ([\d,]+) lines", README)[1].replace(",", ""))
-    core = [*ROOT.glob("*.py"), *(f for room in ("formats", "training", "kernels") for f in (ROOT / room).glob("*.py"))]
-    lines = sum(f.read_text(encoding="utf-8").count("\n") for f in core)
+    rooms = ("formats", "training", "sampling", "kernels")
+    files = [*ROOT.glob("*.py"), *(f for room in rooms for f in (ROOT / room).glob("*.py"))]
+    lines = sum(f.read_text(encoding="utf-8").count("\n") for f in files)
     assert promised * 0.95 < lines <= promised

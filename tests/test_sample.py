@@ -229,14 +229,14 @@ def test_lookup_saves_steps(loaded, monkeypatch):
 
 def test_guesses_are_what_followed_before(loaded):
     growing = sample.Growing(loaded, ask("Hi", lookup=3, max_new_tokens=50), 0, "cpu")
-    growing.rows, growing.token_ids = [1, 2, 3, 9, 8, 2, 3, 4, 5, -200, -200, 7, 1, 2], [3]
+    growing.read_ids, growing.token_ids = [1, 2, 3, 9, 8, 2, 3, 4, 5, -200, -200, 7, 1, 2], [3]
     assert growing.guess() == [9, 8, 2]
-    growing.rows[-2:] = [3, 4]
+    growing.read_ids[-2:] = [3, 4]
     growing.token_ids = [5]
     assert growing.guess() == []  # a picture follows
     growing.token_ids = [6]
     assert growing.guess() == []  # never before
-    growing.rows, growing.token_ids, growing.room = [1, 2, 3, 9, 8, 7, 1, 2], [3], 3
+    growing.read_ids, growing.token_ids, growing.room = [1, 2, 3, 9, 8, 7, 1, 2], [3], 3
     assert growing.guess() == [9]  # no more than may still come
 
 
@@ -248,7 +248,7 @@ def test_a_conversation_reads_only_what_is_new(loaded, scenes, drawn):
         request = Request(list(messages), list(images), max_new_tokens=9, **options)
         answer, alone = generate(loaded, [request], past=past)[0], generate(loaded, [request])[0]
         assert answer.token_ids == alone.token_ids
-        lengths.append((past.reused, len(past.rows)))
+        lengths.append((past.reused, len(past.read_ids)))
         images += [scenes / "b.png"] * question.count("<image>")
         messages += [("gpt", answer.text), ("human", question)]
     assert lengths[0][0] == 0 and all(after[0] > before[1] - 12 for before, after in zip(lengths, lengths[1:]))
@@ -261,7 +261,7 @@ def test_a_conversation_notices_what_changed(loaded, scenes):
                        ("Good day", "b"), ("Good day", None)):
         request = ask(text, *[scenes / f"{name}.png"] * (name is not None))
         assert generate(loaded, [request], past=past)[0].token_ids == generate(loaded, [request])[0].token_ids
-    assert 0 < past.reused < len(past.rows)
+    assert 0 < past.reused < len(past.read_ids)
 
 
 def test_a_conversation_that_was_interrupted_goes_on(loaded, scenes):
@@ -446,6 +446,14 @@ def test_pieces_join_to_the_text(loaded, sentence):
 
 
 # --------------------------------------------------------------------------------------------------------- command line
+
+
+def test_llavas_words_mean_the_same():
+    ours = "--model_name_or_path M --image x.jpg --prompt P --bits 4 --data_path q.jsonl --out a.jsonl"
+    theirs = "--model-path M --image-file x.jpg --query P --load-4bit --question-file q.jsonl --answers-file a.jsonl"
+    parse = sample.build_parser().parse_args
+    assert parse(ours.split()) == parse(theirs.split())
+    assert vars(parse([]))["bits"] == 16 and parse(["--image-file", "a", "b"]).image == ["a", "b"]
 
 
 def say(folder, *words):
