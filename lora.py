@@ -33,6 +33,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kernels.lora import lora_linear
@@ -90,7 +91,11 @@ class LoraLinear(nn.Module):
     def forward(self, x):
         if self.lora_A is None:
             return self.linear(x)
-        dropout = self.dropout if self.training and torch.is_grad_enabled() else 0.0
+        if not torch.is_grad_enabled():  # few rows are multiplied with codes as they are
+            y, h = self.linear(x), F.linear(x.reshape(-1, self.in_features), self.lora_A)  # (T, r)
+            y.view(-1, self.out_features).addmm_(h, self.lora_B.t(), alpha=self.scale)
+            return y
+        dropout = self.dropout if self.training else 0.0
         seed = int(torch.randint(2**62, ())) if dropout else 0  # of the CPU's generator, which checkpoints keep
         return lora_linear(x, self.dense, self.bias, self.lora_A, self.lora_B, self.scale, dropout, seed)
 

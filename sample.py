@@ -17,7 +17,6 @@ if __name__ == "__main__":  # Ctrl-C may end the imports, which take seconds, bu
     import sys
     sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or sys.__excepthook__(kind, *error)
 
-import argparse
 import json
 import math
 import sys
@@ -45,11 +44,7 @@ from vision import limit_pixels, open_picture
 from weights import load
 
 MINIATURE = Path(__file__).parent / "miniature" / "llava"  # the small model that comes with the project
-
-
-LLAVA = {"model_path": "model_name_or_path", "model_name": "model_name_or_path", "image_file": "image",
-         "query": "prompt", "question_file": "data_path", "answers_file": "out"}  # its flags: ours
-READ = 8192  # rows of prompts that are read in one batch, or one prompt
+READ = 8192  # rows of prompts that are read in one batch; a longer prompt is one by itself
 GRAM = 3  # tokens that must recur for the lookup to guess what follows them
 
 
@@ -85,14 +80,15 @@ class Request:
                 ("top_k", (self.top_k or 0) >= 0, "0 (all) or more"),
                 ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
                 ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
-                ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 changes nothing"),
+                ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100; 1 changes nothing"),
                 ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
                 ("num_beams", self.num_beams >= 1, "1 or more"),
                 ("temperature", self.num_beams < 2 or not self.temperature, "0 with num_beams, which draws nothing"),
                 ("logprobs", self.num_beams < 2 or self.logprobs is None, "none with num_beams"),
                 ("logprobs", (self.logprobs or 0) >= 0, "0 or more"),
                 ("stop", all(self.stop), "texts that are not empty"),
-                ("lookup", self.lookup >= 0, "0 (off) or more")):
+                ("lookup", self.lookup >= 0, "0 (off) or more"),
+                ("seed", -2**63 <= self.seed < 2**64, "a number of 64 bits")):
             if not fits:
                 raise ValueError(f"{name} {getattr(self, name)}: expected {wanted}")
 
@@ -152,8 +148,8 @@ class Past:
     reused: int = 0
 
     def rest(self, batch, config):
-        """Forget what the next prompt, a batch of one, does not begin with. -> Batch of the rows, one at least, that
-        are still to be read, with their pictures"""
+        """Keep of the past what the next prompt, a batch of one, begins with as well. -> Batch of the prompt's other
+        rows, at least one, and their pictures: what is still to be read"""
         ids, old, self.pixel_values = batch.input_ids.tolist(), self.pixel_values, batch.pixel_values
         same = len(commonprefix([ids[:-1], self.read_ids]))
         end = pictures = views = 0
@@ -173,7 +169,8 @@ class Past:
 
 
 class Engine:
-    """Answers requests, at most batch_size at a time; `add` may be called between any two steps."""
+    """Answers requests, at most batch_size at a time, and as many as loaded.cells have room for; `add` may be called
+    between any two steps. on_token, errors, past: as in `generate`, but with tags for indices."""
 
     def __init__(self, loaded, batch_size=32, on_token=None, errors="raise", past=None):
         language = loaded.model.language_model.model
@@ -208,9 +205,8 @@ class Engine:
 
     def _join(self):
         """The next requests, as many as there is room for -> [Growing], [(tag, Answer)] of those that cannot be"""
-        joined, failed, left = [], [], math.inf
-        if self.loaded.cells:
-            left = self.loaded.cells - sum(stretch.size for stretch in self.cache.stretches)
+        joined, failed, cells = [], [], self.loaded.cells
+        left = cells - sum(stretch.size for stretch in self.cache.stretches) if cells else math.inf
         while self.waiting and len(self.running) + len(joined) < self.batch_size and (
                 sum(len(answer.read_ids) for answer in joined) < READ):
             request, tag = self.waiting.popleft()
@@ -304,7 +300,8 @@ def as_picture(image):
 
 class Growing:
     """An answer that is being written: chooses its tokens with a random generator of its own, so that company never
-    changes it, and knows when it has ended. ValueError: its prompt cannot be read."""
+    changes it, and knows when it has `ended`. room: the most tokens it may have; the Engine gives it a `stretch`, of
+    `cells` to begin with. ValueError: its prompt cannot be read."""
 
     def __init__(self, loaded, request, tag, device):
         self.began, self.request, self.tag = time.perf_counter(), request, tag
@@ -314,7 +311,7 @@ class Growing:
             raise ValueError(f"the prompt has {length} tokens, but the model reads {limit} at most; ask with less text "
                              "or fewer pictures")
         self.room = min(request.max_new_tokens, limit - length)
-        self.cells = length + (self.room if loaded.cells else min(self.room, 128))  # of the cache, to begin with
+        self.cells = length + (self.room if loaded.cells else min(self.room, 128))
         self.ended, self.token_ids, self.logprobs = False, [], []
         self.said, self.passed_on = "", 0  # the text so far, and how many characters of it push() has returned
         self.tokenizer, self.stream = loaded.tokenizer, TextStream(loaded.tokenizer)
@@ -355,13 +352,14 @@ class Growing:
         return []
 
     def certain(self):
-        """The text so far without a stop string, nor a tail that may yet become one (`##` of `###`)."""
+        """The text so far that no later token can take back: without a stop string, nor an end that may yet become one
+        (`##` of `###`); it begins with no blank."""
         text = self.said
         for stop in self.stop_texts:
             text = text.split(stop)[0]
             if not self.ended:
                 text = text[: len(text) - max(k for k in range(len(stop)) if text.endswith(stop[:k]))]
-        return text
+        return text.lstrip()
 
     def penalise(self, logits):
         """Scores of what the prompt or the answer says already, divided by repetition_penalty, or times it if they are
@@ -376,7 +374,7 @@ class Growing:
         """Sample: temperature, then top-k, then top-p (Holtzman et al. 2020), then min-p (Nguyen et al. 2024), in HF's
         order. temperature 0 takes the likeliest."""
         request = self.request
-        if request.temperature <= 0:
+        if request.temperature < 1e-6:  # the same, and a score divided by it could be infinite
             return int(logits.argmax())
         logits = logits / request.temperature
         if request.top_k:
@@ -451,6 +449,8 @@ def read_flags(argv):
             raise ValueError(f"--{name} {getattr(args, name)} is too small; it is 1 or more")
     if not args.data_path and args.prompt is None and (args.json or args.attention):
         raise ValueError(f"--{'json' if args.json else 'attention'} goes with one question, not a chat; give --prompt")
+    if args.logprobs is not None and not args.json:
+        raise ValueError("--logprobs goes with --json, and a single question")
     if args.attention and not args.image:
         raise ValueError("--attention needs a picture: give one with --image")
     if args.attention and not (Path(args.attention).parent.is_dir() and
@@ -468,35 +468,27 @@ def read_flags(argv):
 
 
 def build_parser():
-    """The flags; LLaVA's names where it has them."""
+    """The flags; LLaVA's names where it has them, beside ours where its scripts do not agree."""
     parser = command.Parser(prog="sample.py", description=__doc__)
-    parser.add_argument("--model_name_or_path", default=str(MINIATURE), help="folder or hub id; default: the miniature")
+    parser.add_argument("--model_name_or_path", "--model_path", "--model_name", default=str(MINIATURE),
+                        help="folder or hub id; default: the miniature")
     parser.add_argument("--model_base", help="the language model of a folder that holds a projector only")
     parser.add_argument("--vision_tower", help="a CLIP folder or id that takes the place of the model's own")
     parser.add_argument("--pretrain_mm_mlp_adapter", help="mm_projector.bin, a .safetensors, or a folder with one")
-    parser.add_argument("--image", nargs="+", default=[], help="one picture or several, shown in this order")
+    parser.add_argument("--image", "--image_file", **command.SEVERAL, help="pictures, shown in this order")
     parser.add_argument("--sep", help="what stands between several pictures of one --image word, like ,")
     parser.add_switch("--allow_urls", help="pictures may be http(s) addresses: they are fetched, if they are public")
     parser.add_argument("--max_pixels", type=int, default=178_956_970, help="refuse larger pictures (179 million)")
-    parser.add_argument("--prompt", help="the question; without it, and without --data_path: a chat")
-    parser.add_argument("--data_path", help="a file of questions, JSONL: question_id, image, text (or as for training)")
+    parser.add_argument("--prompt", "--query", help="the question; without it, and without --data_path: a chat")
+    parser.add_argument("--data_path", "--question_file",
+                        help="a file of questions, JSONL: question_id, image, text (or as for training)")
     parser.add_argument("--image_folder", default="", help="where the pictures of --data_path lie")
-    parser.add_argument("--out", help="the file of answers, JSONL; what is there already is not asked again")
+    parser.add_argument("--out", "--answers_file", help="the file of answers, JSONL; those there are not asked again")
     parser.add_argument("--num_chunks", type=int, default=1, help="cut --data_path into so many pieces and")
     parser.add_argument("--chunk_idx", type=int, default=0, help="answer this one, from 0 on")
     parser.add_argument("--batch_size", type=int, default=32, help="answer so many questions at a time (default 32)")
     parser.add_argument("--conv_mode", help="conversation template: v1, chat_template …; default: the model's own")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
-    parser.add_argument("--top_k", type=int, default=50, help="draw among so many tokens at most (default 50)")
-    parser.add_argument("--top_p", type=float, help="draw among the likeliest tokens of this share (default: all)")
-    parser.add_argument("--min_p", type=float, help="draw among tokens at least so likely, the likeliest being 1")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: rather say something new")
-    parser.add_argument("--num_beams", type=int, default=1, help="keep so many answers and take the likeliest")
-    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end the answer")
-    parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, of N others, too")
-    parser.add_argument("--lookup", type=int, default=0, metavar="N", help="guess N tokens ahead: same answer, sooner")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="the longest answer (default 512)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    add_settings(parser)
     parser.add_argument("--attention", metavar="OUT.png", help="for each word, the pictures with its attention lit")
     parser.add_argument("--attention_layers", default="mean", help="mean (default), last, rollout, or some: 20-32")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -515,13 +507,24 @@ def build_parser():
     parser.add_switch("--eager", help="compute plainly: no CUDA graph, no matrices packed for the processor")
     parser.add_switch("--verbose", help="say which kernels compute: Triton's or the references (kernels/choice.py)")
     parser.add_switch("--json", help="print one JSON object and nothing else")
-    for name, flag in LLAVA.items():
-        parser.add_argument(f"--{name}", dest=flag, default=argparse.SUPPRESS, help=f"LLaVA's word for --{flag}",
-                            nargs="+" if flag == "image" else None)
     for bits in (4, 8):
-        parser.add_argument(f"--load_{bits}bit", dest="bits", default=argparse.SUPPRESS, action="store_const",
-                            const=bits, help=f"LLaVA's word for --bits {bits}")
+        parser.add_argument(f"--load_{bits}bit", dest="bits", action="store_const", const=bits, help=f"--bits {bits}")
     return parser
+
+
+def add_settings(parser):
+    """The flags of what a Request holds beside messages and images."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
+    parser.add_argument("--top_k", type=int, default=50, help="draw among so many tokens at most (default 50)")
+    parser.add_argument("--top_p", type=float, help="draw among the likeliest tokens of this share (default: all)")
+    parser.add_argument("--min_p", type=float, help="draw among tokens at least so likely, the likeliest being 1")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: rather say something new")
+    parser.add_argument("--num_beams", type=int, default=1, help="keep so many answers and take the likeliest")
+    parser.add_argument("--stop", **command.SEVERAL, metavar="TEXT", help="texts that end the answer")
+    parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, of N others, too")
+    parser.add_argument("--lookup", type=int, default=0, metavar="N", help="guess N tokens ahead: same answer, sooner")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="the longest answer (default 512)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
 
 
 def make_request(args, messages, images):
@@ -535,7 +538,7 @@ def make_request(args, messages, images):
 def look(name, allow_urls, flag=""):
     """A picture's name, a path or a URL -> PIL picture. ValueError: there is none, named with its flag."""
     if not is_url(name) and not Path(name).is_file():
-        raise ValueError(f"{flag}{name} does not exist")
+        raise ValueError(f"{flag}{name} {'is a folder' if Path(name).is_dir() else 'does not exist'}")
     return as_picture(source(name, allow_urls))
 
 
@@ -597,15 +600,10 @@ def converse(loaded, request, args):
 def stream(loaded, request, past=None, hear=None):
     """Answer one request, printing the text as it comes and the speed at the end; hear(piece) is called with each piece
     that was printed. -> Answer"""
-    printed = []
-
     def write(_, piece):
-        piece = piece if printed else piece.lstrip()
-        if piece:
-            printed.append(piece)
-            print(piece, end="", flush=True)
-            if hear:
-                hear(piece)
+        print(piece, end="", flush=True)
+        if hear:
+            hear(piece)
 
     answer = generate(loaded, [request], write, past=past)[0]
     print()

@@ -41,6 +41,8 @@ from training import checkpoint, evaluation, features, flags, plan, trackers, wo
 from training.ranks import Watch
 from training.sampler import BatchOrder
 
+CODES_ARE_CUT = torch.__version__ >= (2, 13)  # FSDP2 of torch 2.11 takes every parameter for one that can be trained
+
 
 def main(argv=None):
     """Flags -> model -> data -> the loop -> a folder that sample.py and transformers load."""
@@ -217,6 +219,9 @@ def shard(model, mesh, args):
     policy = fsdp.MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
     how = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
     layers = set(model.language_model.model.layers.parameters()) if args.lora_shard_base else set()
+    if not CODES_ARE_CUT and not all(p.is_floating_point() for p in layers):
+        raise ValueError(f"--lora_shard_base: torch {torch.__version__} cannot divide what is quantised among ranks;"
+                         " torch 2.13 can, or leave the flag out")
     frozen = {p for p in model.parameters() if not p.requires_grad} - layers
     tower = model.vision_tower.vision_model["encoder"]["layers"] if model.vision_tower is not None else []
     units = [layer for layer in [*tower, *model.language_model.model.layers]

@@ -368,7 +368,11 @@ def fill(model, tensors, dtype, main, where, quantisation, offload=False, plan=N
             else:
                 setattr(model.get_submodule(module), leaf, part)
     if model.config.text.tie_word_embeddings:
-        model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
+        language, embeddings = model.language_model, model.language_model.model.embed_tokens.weight
+        if quantisation.wants("lm_head", language.lm_head):  # the embeddings stay as they are
+            language.lm_head = quantisation.linear(embeddings.detach(), dtype)
+        else:
+            language.lm_head.weight = embeddings
     if plan:
         plan.settle(model, tensors)
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
@@ -440,13 +444,13 @@ def lay_out(loaded, layout="auto", tensors=None, dtype=None):
     if loaded.lora:
         return adapters.lay_out(loaded, tensors, config)
     layout = pick_layout(config, layout)
-    if config.text.tie_word_embeddings:
-        tensors.pop(HEAD, None)
     stored = dtype or tensors[EMBEDDING].dtype
     tensors |= {name: tensor.to(stored) for name, tensor in loaded.spare.items()}
     tensors = {name: tensor.to(dtype) if dtype and tensor.dtype.is_floating_point else tensor
                for name, tensor in tensors.items()}
     quantised = unfold(loaded.model, tensors)
+    if config.text.tie_word_embeddings:
+        tensors.pop(HEAD, None)
     stored = str(stored).removeprefix("torch.")
 
     contents = loaded.tokenizer.folder_files if loaded.tokenizer else {}

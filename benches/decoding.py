@@ -73,7 +73,7 @@ def decode_int8(smoke):
 
 
 def decode_int4(smoke):
-    """The same, our matrices in 4 bits, theirs in bfloat16."""
+    """The same, our matrices in 4 bits, the head's too, theirs in bfloat16."""
     return decode(4, smoke)
 
 
@@ -160,7 +160,8 @@ def sides(bits, smoke):
     import transformers
     torch.set_num_threads(1)
     path = Path(folder(smoke).name, "model")
-    ours = weights.load(path, dtype="bfloat16", device="cpu", bits=bits, quant_type="int4")
+    ours = weights.load(path, dtype="bfloat16", device="cpu", bits=bits, quant_type="int4",
+                        quant_also="lm_head" if bits == 4 else "")
     ours.silent_ids += [*templates.stop(ours.conv_mode, ours.tokenizer)[0], *ours.config.text.eos_token_ids]
     linear.pack(ours.model)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()

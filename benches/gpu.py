@@ -1,9 +1,9 @@
 """Each kernel beside its peers on a GPU, on LLaVA-1.5-7B's shapes; with --smoke, at toy size, on a CPU as well.
 
 All sides run in turn, round after round, between CUDA events, and before each run 256 MB are written, so that nothing
-is found in the cache, and the GPU is kept busy for a millisecond, in which Python launches the kernels: their time alone
-is measured. `ours` and `peer` are medians, the peer the fastest of all that run here; those that do not are named.
-Besides what every row has:
+is found in the cache, and the GPU is kept busy for a millisecond, in which Python launches the kernels: their time
+alone is measured. `ours` and `peer` are medians, the peer the fastest of all that run here; those that do not are
+named. Besides what every row has:
 
     error, peer_error   largest difference to the same in float32, relative to the largest number; of results and, where
                         a row goes backward, of gradients
@@ -299,7 +299,8 @@ def one_query(smoke, lengths):
 
     return contest(smoke, lambda: (attention.attend_to_cache(q, *pool, starts, counts, max(lengths)),),
                    {"SDPA" + ", padded with mask" * (len(lengths) > 1): padded},
-                   lambda: padded(q.float(), grid.float()), traffic=2 * sum(lengths) * heads * dim * pool.element_size())
+                   lambda: padded(q.float(), grid.float()),
+                   traffic=2 * sum(lengths) * heads * dim * pool.element_size())
 
 
 # ----------------------------------------------------------------------------------------------------- loss, small ones

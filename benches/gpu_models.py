@@ -1,10 +1,10 @@
 """Whole models on a GPU: LLaVA-1.5-7B with random weights, in bfloat16, beside transformers, peft and bitsandbytes.
 
 Both sides share the weights in memory, and see the same batches: theirs padded to the longest sequence, ours packed.
-Python's time to launch kernels counts. Steps are those of an optimiser, forward to AdamW, whose rate is 0, so that every
-step is the first one. `error` is the difference of both losses, or of the scores of the next word, relative to the
-largest. "as LLaVA" computes activations a second time, as LLaVA's scripts have it. Where less than 120 GB of memory are
-there, batches are a quarter as large. Without bitsandbytes the peer of what is in 4 bits is in 16.
+Python's time to launch kernels counts. Steps are those of an optimiser, forward to AdamW, whose rate is 0, so that
+every step is the first one. `error` is the difference of both losses, or of the scores of the next word, relative to
+the largest. "as LLaVA" computes activations a second time, as LLaVA's scripts have it. Where less than 120 GB of memory
+are there, batches are a quarter as large. Without bitsandbytes the peer of what is in 4 bits is in 16.
 
 A step of decoding is timed at the same place again and again: the cache is taken back after each. Ours is the recorded
 one (sampling/graph.py), but for decode_7b_eager.

@@ -24,6 +24,7 @@ def boolean(text):
     return text.lower() in TRUE
 
 
+SEVERAL = {"nargs": "+", "action": "extend", "default": []}  # options of a flag that takes several, or is repeated
 SWITCH = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}  # options of a boolean flag
 
 

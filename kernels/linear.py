@@ -50,7 +50,7 @@ def together(x, *linears):
     """What linears of one input say of it, x (T, in) -> a tuple of (T, out): one product where `pack` has joined
     them."""
     if isinstance(linears[0], PackedLinear):
-        return linears[0].product(x)
+        return linears[0].product.forward(x)
     return tuple(linear(x) for linear in linears)
 
 
@@ -123,7 +123,7 @@ class PackedLinear(nn.Module):
         self.learns = {key: p.requires_grad for key, p in linear._parameters.items() if p is not None}
 
     def forward(self, x):
-        return self.product(x)[self.i]
+        return self.product.forward(x)[self.i]
 
     def restore(self):
         """-> the linear with its numbers"""

@@ -7,7 +7,8 @@ and where in the cache it goes and looks. Recorded anew is only what changes the
 rows, rounded up to a power of two, the length of the longest answer, rounded up likewise, and where the cache's pools
 lie.
 
-On a CPU, and the first times, the same step runs from the same tensor without being recorded.
+The first times, the same step runs from the same tensor without being recorded. Where none can be, on a CPU or over
+several devices, and where answers guess more than one token ahead, the model reads a packed batch as it does a prompt.
 """
 
 import warnings
@@ -59,7 +60,8 @@ class Decoder:
             self.steps[rows, longest] = Step(self.model, self.cache, rows, longest)
         columns = [(token, s.length, s.start, s.length + 1, s.start + s.length)
                    for token, s in zip(token_ids, stretches, strict=True)]
-        columns += [(0, 0, self.spare.start, 1, self.spare.start)] * (rows - len(columns)) if self.spare else []
+        while len(columns) < rows:
+            columns.append((0, 0, self.spare.start, 1, self.spare.start))
         logits = self.steps[rows, longest](columns, self.records)
         for stretch in stretches:
             stretch.length += 1

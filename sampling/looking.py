@@ -107,10 +107,8 @@ def words_of(tokenizer, answer):
         text += stream.push(token)
         bounds.append(len(text))
     text += stream.flush()
-    spans, after = [], len(text)
-    for start, end in reversed([*zip(bounds, bounds[1:])]):
-        after = end if end > start else after  # a token of bytes that are no character yet belongs to where that ends
-        spans.insert(0, (start, after))
+    spans = [(start, next((end for end in bounds[i + 1:] if end > start), len(text)))  # bytes that are no character
+             for i, start in enumerate(bounds[:-1])]  # yet belong to where that ends
     found = [[i for i, (start, end) in enumerate(spans) if start < word.end() and word.start() < end]
              for word in re.finditer(r"\S+", text)]
     return list(zip(answer.text.split(), found))  # behind the text come stop strings only

@@ -12,6 +12,7 @@ take without a model is not counted. GB are 10^9 bytes.
 import os
 import re
 from argparse import ArgumentTypeError
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import groupby
@@ -58,9 +59,9 @@ def count(model, tensors, quantisation, tokens, adapter=0, cpu=True):
     """A Llava on the meta device -> Needs. tensors: {our name: LazyTensor} of its files, or {} if only its config is
     known; tokens: cells of the cache, rows of the longest prompt; adapter: numbers in a LoRA's matrices; cpu: whether
     it computes there."""
-    text, vision, layers, around, largest = model.config.text, model.config.vision, {}, 0, 0
+    text, vision, layers, around, largest = model.config.text, model.config.vision, Counter(), 0, 0
     for name, p in model.named_parameters():
-        module, s = name.rpartition(".")[0], p.itemsize
+        module = name.rpartition(".")[0]
         if isinstance(tensors.get(name), Folded):
             size = tensors[name].size
         elif name.endswith(".weight") and quantisation.wants(module, model.get_submodule(module)):
@@ -68,20 +69,21 @@ def count(model, tensors, quantisation, tokens, adapter=0, cpu=True):
         else:
             size = p.nbytes
         if match := LAYER.match(name):
-            layers[int(match[1])] = layers.get(int(match[1]), 0) + size + 3 * ALIGN  # codes, two kinds of scales
+            layers[int(match[1])] += size + 3 * ALIGN  # codes, two kinds of scales
             largest = max(largest, p.nbytes)
         else:
             around += size
-    work, seen = s * tokens * (8 * text.hidden_size + 3 * text.intermediate_size) + 8 * text.vocab_size, 0
+    s, seeing = p.itemsize, 0  # what a layer makes of all rows at once, in the language model and in the tower
+    reading = s * tokens * (8 * text.hidden_size + 3 * text.intermediate_size) + 8 * text.vocab_size
     if cpu:  # the pages of a matrix that is read; scores of attention
-        work += largest + 10 * text.num_attention_heads * min(tokens, SHORT) ** 2 * (s == 2)
+        reading += largest + 10 * text.num_attention_heads * min(tokens, SHORT) ** 2 * (s == 2)
     if vision:
         sizes = model.config.pinpoints if model.config.image_aspect_ratio == "anyres" else [[vision.image_size] * 2]
         rows = max(map(model.config.views_of, sizes)) * (1 + vision.num_patches)
-        seen = s * rows * (8 * vision.hidden_size + 2 * vision.intermediate_size)
+        seeing = s * rows * (8 * vision.hidden_size + 2 * vision.intermediate_size)
     cells = 2 * s * tokens * text.num_key_value_heads * text.head_dim
     return Needs(tuple(layers[i] for i in sorted(layers)), cells + s * adapter // len(layers), around,
-                 max(work, seen) + largest + LIBRARIES)  # largest: a matrix that is decoded, or read
+                 max(reading, seeing) + largest + LIBRARIES)  # largest: a matrix that is decoded, or read
 
 
 @cache
@@ -135,8 +137,8 @@ class Placing:
             raise ValueError(f"--max_memory {', '.join(lost)}: here are {', '.join({*names, 'cpu'})}")
 
         def room(*keys):
-            own = [self.limits[key] for key in keys if key in self.limits]
-            return own[0] if own else int(ROOM * free_memory(torch.device(keys[0])))
+            given = next((self.limits[key] for key in keys if key in self.limits), None)
+            return given or int(ROOM * free_memory(torch.device(keys[0])))
 
         memory = 0 if device.type == "cpu" or self.device_map == "cuda" else room("cpu")
         return {name: room(name, device.type, "") for name in names}, memory

@@ -48,11 +48,13 @@ class Question:
 
     def length(self, loaded):
         """Its prompt's length, about: the tokens of the text and the places of the pictures."""
-        length = len(loaded.tokenizer.encode(self.prompt))
+        length = 0
+        with suppress(ValueError):  # half a surrogate pair, say: what is broken is told when it is asked
+            length = len(loaded.tokenizer.encode(self.prompt))
         for image in self.images:
             size = (1, 1)
             if loaded.config.image_aspect_ratio == "anyres":  # elsewhere all are of one length
-                with suppress(Exception), Image.open(image) as picture:  # what is broken is told when it is asked
+                with suppress(Exception), Image.open(image) as picture:  # likewise
                     size = picture.size[::-1]  # stands in the header; a URL is not fetched for this
             length += loaded.config.tokens_of(size)
         return length

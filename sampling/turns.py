@@ -13,6 +13,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import partial
+from mmap import PAGESIZE
 
 import torch
 from torch import nn
@@ -56,13 +57,14 @@ class Buffer:
         layer.register_forward_hook(lambda *_: self.bring((turn + 1) % len(self.turns)))
 
     def bring(self, turn):
-        """Begin to fill the buffer, after what the GPU has been asked for so far."""
+        """Begin to fill the buffer with a layer, unless it is there or on its way; a GPU first does what it has been
+        asked for so far."""
         if turn != self.holds or self.coming.done() and self.coming.exception():
             done = self.stream and torch.cuda.current_stream(self.bytes.device).record_event()
             self.holds, self.coming = turn, self.thread.submit(self._fill, turn, done)
 
     def wait(self, turn):
-        """Until the layer is there. It is brought in only now in the first pass, and if the last one was broken off."""
+        """Until the layer is there. In the first pass, and after one that was broken off, it is brought in only now."""
         self.bring(turn)
         self.coming.result()
         if self.stream:
@@ -131,9 +133,12 @@ def parts_of(tensors):
 
 
 def page_locked(size):
-    """Bytes of main memory that a GPU fetches by itself. (torch's own pin_memory rounds up to a power of two.)"""
-    memory, cuda = torch.empty(size, dtype=torch.uint8), torch.cuda.cudart()
-    if error := int(cuda.cudaHostRegister(memory.data_ptr(), size, 1)):  # 1: for every device
+    """Bytes of main memory that a GPU fetches by itself: whole pages, of which none can be locked twice. (torch's own
+    pin_memory rounds up to a power of two.)"""
+    room, cuda = torch.empty(size + 2 * PAGESIZE, dtype=torch.uint8), torch.cuda.cudart()
+    begin, whole = -room.data_ptr() % PAGESIZE, -(-size // PAGESIZE) * PAGESIZE
+    memory = room[begin: begin + size]
+    if error := int(cuda.cudaHostRegister(memory.data_ptr(), whole, 1)):  # 1: for every device
         raise ValueError(f"{size / 1e9:.3f} GB of main memory cannot be locked for the GPU (CUDA error {error}); plan "
                          "with less: --max_memory cpu=…")
     weakref.finalize(memory, cuda.cudaHostUnregister, memory.data_ptr())

@@ -89,7 +89,7 @@ def test_a_peer_that_does_not_run_is_named_and_left_out(capsys):
 def test_a_row_that_fails_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
     alone = {"ours": 0.5, "peer": None, "peer_name": None, "unit": "ms", "error": 0.0}
     monkeypatch.setattr(benches, "ROWS", {"cpu": {"a": lambda smoke: 1 / 0, "b": lambda smoke: alone}, "gpu": {}})
-    monkeypatch.setattr(sys, "argv", ["benches", "cpu", "--json", str(tmp_path / "x"), "--png", str(tmp_path / "x.png")])
+    monkeypatch.setattr(sys, "argv", ["x", "cpu", "--json", str(tmp_path / "x"), "--png", str(tmp_path / "x.png")])
     assert benches.main() == 1
     out, err = capsys.readouterr()
     assert [line.split()[:2] for line in out.splitlines()] == [["a", "failed"], ["b", "ours"]]

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from mmap import PAGESIZE
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from model import Cache, LlamaConfig, Llava, LlavaConfig
 from quant import Quantisation
 from sample import Request, generate
 from sampling.placing import DISK, Needs, Placing, Plan, count, fit, make
-from sampling.turns import ALIGN, Buffer, Following, size_of
+from sampling.turns import ALIGN, Buffer, Following, page_locked, size_of
 from vision import ClipVisionConfig
 from weights import Blank, convert, load, save
 
@@ -266,6 +268,26 @@ def test_layers_rest_in_main_memory(tiny_llava, requests, bits):
     for i, layer in enumerate(layers):
         buffers[i % 2].adopt(layer)
     assert answers(loaded, requests) == answers(whole, requests)
+
+
+def test_no_page_of_main_memory_is_locked_twice(monkeypatch):
+    locked = {}
+
+    def lock(begin, size, _):
+        locked[begin] = {page for page in range(begin, begin + size, PAGESIZE)}
+        assert begin % PAGESIZE == size % PAGESIZE == 0
+        return 0
+
+    cuda = SimpleNamespace(cudaHostRegister=lock, cudaHostUnregister=locked.pop)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    kept = [page_locked(size) for size in (9, PAGESIZE, PAGESIZE + 1, 70)]
+    assert [len(memory) for memory in kept] == [9, PAGESIZE, PAGESIZE + 1, 70]
+    assert sum(map(len, locked.values())) == len(set().union(*locked.values())) == 5
+    kept.clear()
+    assert not locked
+    monkeypatch.setattr(cuda, "cudaHostRegister", lambda *_: 2)
+    with pytest.raises(ValueError, match="0.000 GB of main memory cannot be locked.*CUDA error 2.*--max_memory cpu="):
+        page_locked(9)
 
 
 def test_it_is_not_saved(tiny_llava, tmp_path):

@@ -490,6 +490,14 @@ def test_urls_in_questions(folder, scenes, tmp_path, monkeypatch):
     assert first["text"] == second["text"] and fetched == ["https://x.example/a.png"]
 
 
+def test_a_text_that_is_none_fails_its_own_question(folder, scenes, tmp_path):
+    questions = [{"question_id": 1, "text": "half a pair \ud800"}, {"question_id": 2, "text": "Hi"}]
+    path = write(tmp_path / "q.jsonl", questions)
+    assert answer(folder, path, scenes, "--out", tmp_path / "a.jsonl") == 1
+    first, second = rows(tmp_path / "a.jsonl")
+    assert "half a surrogate pair" in first["metadata"]["error"] and second["metadata"] == {}
+
+
 def test_a_url_that_fails_fails_its_own_question(folder, scenes, tmp_path):
     path = write(tmp_path / "q.jsonl", [{"question_id": 1, "image": "http://127.0.0.1:1/a.png", "text": "What?"},
                                         {"question_id": 2, "image": "a.png", "text": "What?"}])
@@ -504,6 +512,9 @@ def test_a_url_that_fails_fails_its_own_question(folder, scenes, tmp_path):
     (["--data_path", "q.jsonl", "--json"], "--json goes without --data_path"),
     (["--prompt", "Hi", "--out", "a.jsonl"], "--out goes with --data_path"),
     (["--prompt", "Hi", "--image_folder", "a"], "--image_folder goes with --data_path"),
+    (["--prompt", "Hi", "--logprobs", "2"], "--logprobs goes with --json"),
+    (["--data_path", "q.jsonl", "--logprobs", "2"], "--logprobs goes with --json"),
+    (["--prompt", "Hi", "--image", "."], "--image . is a folder"),
     (["--prompt", "Hi", "--max_pixels", "0"], "--max_pixels 0"),
     (["--data_path", "q.jsonl", "--out", "a.jsonl", "--batch_size", "0"], "--batch_size 0"),
     (["--prompt", "Hi", "--image", "http://x/y.png"], "picture http://x/y.png is a URL; add --allow_urls"),

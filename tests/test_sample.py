@@ -484,10 +484,22 @@ def test_settings_of_the_command_line_reach_the_answer(folder, loaded, capsys):
     assert json.loads(capsys.readouterr().out)["token_ids"] == expected.token_ids
 
 
-@pytest.mark.parametrize("odd", [{"temperature": float("nan")}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -3}])
+@pytest.mark.parametrize("odd", [{"temperature": float("nan")}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -3},
+                                 {"seed": 2**64}, {"repetition_penalty": 1e-39}, {"repetition_penalty": 1e3}])
 def test_numbers_that_cannot_draw_are_refused(odd):
     with pytest.raises(ValueError, match=f"{next(iter(odd))} {next(iter(odd.values()))}"):
         sample.Request([("human", "a")], **odd)
+
+
+def test_a_temperature_of_almost_nothing_takes_the_likeliest(loaded):
+    answers = generate(loaded, [ask("Hi", temperature=temperature) for temperature in (0, 1e-40, 1e-7)])
+    assert answers[0].token_ids == answers[1].token_ids == answers[2].token_ids
+
+
+@pytest.mark.parametrize("flag, found", [("--image", "image"), ("--image_file", "image"), ("--stop", "stop")])
+def test_a_flag_for_several_may_also_be_repeated(flag, found):
+    args = sample.read_flags(["--prompt", "Hi", flag, "a", "b", flag, "c"])
+    assert getattr(args, found) == ["a", "b", "c"] and getattr(sample.read_flags(["--prompt", "Hi"]), found) == []
 
 
 def test_a_device_that_is_not_here_is_refused():

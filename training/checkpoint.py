@@ -242,8 +242,8 @@ def save(folder, tensors, state, own_random):
     try:
         on_first_rank(make_room, temporary, sum(tensor.nbytes for tensor in tensors.values()))
         planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        table = dcp.save(tensors, storage_writer=Writer(temporary), planner=planner)
-        on_first_rank(complete, temporary, folder, state | {"random": randoms}, table)
+        dcp.save(tensors, storage_writer=Writer(temporary), planner=planner)
+        on_first_rank(complete, temporary, folder, state | {"random": randoms})
     except (CheckpointException, OnAllRanks) as error:
         on_first_rank(shutil.rmtree, temporary, True)
         raise OnAllRanks(f"{folder} could not be written: {causes(error)}") from None
@@ -265,10 +265,11 @@ def make_room(temporary, size):
         raise ValueError(f"it needs {files.gigabytes(size)}, and {files.gigabytes(free)} are free")
 
 
-def complete(temporary, folder, state, table):
+def complete(temporary, folder, state):
     """All ranks' pieces are there: write state.json, and give the folder its name."""
     sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
-    missing = {entry.relative_path for entry in table.storage_data.values()} - sizes.keys()
+    table = Reader(temporary).read_metadata().storage_data  # what dcp.save returns lacks it in torch 2.11
+    missing = {entry.relative_path for entry in table.values()} - sizes.keys()
     if missing:
         raise ValueError(f"{', '.join(sorted(missing))} of other ranks are not in it; --output_dir must be one folder "
                          "that all nodes share")
