@@ -17,7 +17,7 @@ def search(decoder, answer, logits, silent_ids=()):
     decoder: reads tokens (graph.Decoder); answer: a sample.Growing whose prompt is in the cache, which stays as it is;
     logits (V,): after the prompt; silent_ids: never chosen.
     """
-    num_beams, cache = answer.request.num_beams, decoder.cache
+    num_beams, penalty, cache = answer.request.num_beams, answer.request.repetition_penalty, decoder.cache
     beams, scores, stretches, ended = [[]], logits.new_zeros(1), [cache.copy(answer.stretch)], []
     prompt = logits.new_tensor([i for i in answer.example.ids if i >= 0], dtype=torch.long)  # without pictures
     wide = (1 + max(1, len(answer.stop_ids))) * num_beams  # so that N still run if each takes every end
@@ -25,8 +25,8 @@ def search(decoder, answer, logits, silent_ids=()):
     try:
         for length in range(1, answer.room + 1):
             chances = logits.log_softmax(-1)  # (N, V); 1 row at the beginning
-            for row, beam in zip(chances, beams):  # a log-probability is never above 0: times the penalty is less
-                row[torch.cat([prompt, prompt.new_tensor(beam)])] *= answer.request.repetition_penalty
+            for row, beam in zip(chances, beams) if penalty != 1 else ():  # never above 0: times the penalty is less
+                row[torch.cat([prompt, prompt.new_tensor(beam)])] *= penalty
             chances[:, silent_ids] = float("-inf")
             best, indices = (chances + scores[:, None]).flatten().topk(min(wide, chances.numel()))
             running = []  # (beam, token, score)
