@@ -45,6 +45,8 @@ from weights import load
 
 MINIATURE = Path(__file__).parent / "miniature" / "llava"  # the small model that comes with the project
 READ = 8192  # rows of prompts that are read in one batch; a longer prompt is one by itself
+BELONG = {"data_path": ("out", "image_folder", "num_chunks", "chunk_idx", "batch_size"), "json": ("logprobs",),
+          "attention": ("attention_layers",), "bits": ("quant_type", "quant_also")}  # flags that go with another only
 GRAM = 3  # tokens that must recur for the lookup to guess what follows them
 
 
@@ -82,7 +84,8 @@ class Request:
                 ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
                 ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100; 1 changes nothing"),
                 ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-                ("num_beams", self.num_beams >= 1, "1 or more"),
+                ("num_beams", 1 <= self.num_beams <= 64, "1 to 64"),
+                ("lookup", self.num_beams < 2 or not self.lookup, "0 with num_beams"),
                 ("temperature", self.num_beams < 2 or not self.temperature, "0 with num_beams, which draws nothing"),
                 ("logprobs", self.num_beams < 2 or self.logprobs is None, "none with num_beams"),
                 ("logprobs", (self.logprobs or 0) >= 0, "0 or more"),
@@ -255,10 +258,14 @@ class Engine:
         """Take the next tokens of each answer: for every right guess one, and one more. What was read of wrong guesses
         is forgotten. logits (T, V): of all answers' new rows."""
         logits[:, self.loaded.silent_ids] = float("-inf")  # rows that only pad the vocabulary are no words
-        likeliest, row = logits.argmax(-1).tolist(), 0
+        best, row = logits.argmax(-1, keepdim=True), 0
+        best, heights = torch.cat([best, logits.gather(1, best)], 1).t().tolist()  # at once: a GPU is waited for once
+        if any(map(math.isnan, heights)):
+            raise ValueError(f"the model's scores are no numbers (NaN) in {self.cache.keys[0].dtype}; try --dtype "
+                             "bfloat16, or float32")
         for answer, guess in zip(answers, guesses):
             for right, expected in enumerate([*guess, None]):
-                self._tell(answer, answer.push(logits[row + right], likeliest[row + right]))
+                self._tell(answer, answer.push(logits[row + right], int(best[row + right])))
                 if answer.ended or answer.token_ids[-1] != expected:
                     break
             if wrong := len(guess) - right:
@@ -439,18 +446,22 @@ def main(argv=None):
 
 def read_flags(argv):
     """The command line -> args; image and adapter are lists. ValueError: flags that do not fit together."""
-    args = build_parser().parse_args(argv)
-    for name in ("prompt", "image", "attention", "json") if args.data_path else ("out", "image_folder"):
-        if getattr(args, name):
-            word = "without" if args.data_path else "with"
-            raise ValueError(f"--{name} goes {word} --data_path, a file of questions")
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    for flag, names in BELONG.items():
+        if alone := [name for name in names if name in given and flag not in given]:
+            raise ValueError(f"--{alone[0]} goes with --{flag}")
+    for name in ("prompt", "image", "attention", "json") if args.data_path else ():
+        if name in given:
+            raise ValueError(f"--{name} goes without --data_path, a file of questions")
     for name in "max_pixels", "batch_size":
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} is too small; it is 1 or more")
+    if args.data_path is not None and not Path(args.data_path).is_file():
+        raise ValueError(f"--data_path {args.data_path}: there is no such file of questions")
     if not args.data_path and args.prompt is None and (args.json or args.attention):
         raise ValueError(f"--{'json' if args.json else 'attention'} goes with one question, not a chat; give --prompt")
-    if args.logprobs is not None and not args.json:
-        raise ValueError("--logprobs goes with --json, and a single question")
     if args.attention and not args.image:
         raise ValueError("--attention needs a picture: give one with --image")
     if args.attention and not (Path(args.attention).parent.is_dir() and
@@ -538,7 +549,8 @@ def make_request(args, messages, images):
 def look(name, allow_urls, flag=""):
     """A picture's name, a path or a URL -> PIL picture. ValueError: there is none, named with its flag."""
     if not is_url(name) and not Path(name).is_file():
-        raise ValueError(f"{flag}{name} {'is a folder' if Path(name).is_dir() else 'does not exist'}")
+        hint = "; several pictures in one word go with --sep ," * ("," in str(name))
+        raise ValueError(f"{flag}{name} {'is a folder' if Path(name).is_dir() else 'does not exist'}{hint}")
     return as_picture(source(name, allow_urls))
 
 

@@ -71,10 +71,12 @@ def run(main):
     except BrokenPipeError:  # the reader of our output went away (`… | head`): not a mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (ValueError, OSError, RecursionError) as error:
-        if "--debug" in sys.argv:
+    except (ValueError, OSError, RecursionError, MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in str(error)  # torch's
+        if "--debug" in sys.argv or not (full or isinstance(error, ValueError | OSError | RecursionError)):
             raise
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        words = "error: not enough memory:" if full else "error:"
+        print(words, " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

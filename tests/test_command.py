@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from formats import command
 
@@ -141,3 +142,22 @@ def test_ctrl_c_while_imports_run_leaves_no_traceback(door, tmp_path):
     done = subprocess.run([sys.executable, root / f"{door}.py", "--help"], capture_output=True, text=True, timeout=60,
                           env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_full_memory_is_one_sentence(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        command.run(main)
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: not enough memory: ")
+
+
+def test_a_bug_is_a_traceback():
+    def main():
+        raise NotImplementedError("a bug")
+
+    with pytest.raises(NotImplementedError):
+        command.run(main)

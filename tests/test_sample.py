@@ -371,6 +371,13 @@ def test_logprobs_are_the_models_own(loaded, scenes):
     assert generate(loaded, [ask("What?", logprobs=0)])[0].logprobs[0]["top"] == {}
 
 
+def test_scores_that_are_no_numbers_are_said(loaded, monkeypatch):
+    norm = loaded.model.language_model.model.norm
+    monkeypatch.setattr(norm.weight, "data", torch.full_like(norm.weight, float("nan")))
+    with pytest.raises(ValueError, match=r"no numbers \(NaN\) in torch.float32"):
+        generate(loaded, [ask("Hi")])
+
+
 def test_stop_texts_end_an_answer(loaded, sentence):
     pieces = []
     request = ask("Hi", stop=["left", "never"], max_new_tokens=100)
