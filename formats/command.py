@@ -7,6 +7,8 @@
 """
 
 import argparse
+import contextlib
+import ctypes
 import difflib
 import os
 import re
@@ -66,6 +68,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Call main(); a user's mistake becomes one line on stderr and exit status 2 (with --debug: its traceback)."""
+    keep_freed_memory()
     try:
         sys.exit(main())
     except BrokenPipeError:  # the reader of our output went away (`… | head`): not a mistake
@@ -80,6 +83,17 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def keep_freed_memory():
+    """Have C's library (glibc) keep up to a gigabyte of what is freed for the next use. By itself it returns memory to
+    the system after each large operation, and to be given pages anew takes longer than the operation: attention of 200
+    rows takes 3.0 instead of 1.0 ms, of 680 rows forth and back 46 instead of 28 (9 heads, bfloat16, one thread of an
+    EPYC Zen 4). What is larger than 32 MB comes and goes as before."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def say(text, end="\n"):
