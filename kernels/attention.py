@@ -15,6 +15,7 @@ from kernels.choice import INTERPRETED, jit, tl, triton, use_triton
 SHORT = 700  # rows; up to them bfloat16 on a CPU runs faster as two batched products than through SDPA's flash kernel,
 #              whose backward is slow there: forth and back 7 against 23 ms for 8 sequences of about 75 rows, 24
 #              against 43 for one of 600; at 900 SDPA leads (9 heads, 3 of keys, one thread, EPYC Zen 4)
+BLOCK = 128  # queries that are computed at a time where no gradient is wanted
 EMPTY = 6000  # scores of empty cells per sequence that on a CPU cost as much as to begin with a sequence alone
 
 
@@ -94,11 +95,33 @@ def attention_reference(q, k, v, packing, causal):
 def _attend(q, k, v, causal):
     """Dense attention: q (B, H, L, K), k and v (B, H/G, L, K) -> (B, H, L, K)."""
     groups = q.shape[1] // k.shape[1]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= SHORT:
-        return _Products.apply(q, k, v, causal)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        if not torch.is_grad_enabled():
+            return _in_blocks(q, k, v, causal)
+        if q.shape[2] <= SHORT:
+            return _Products.apply(q, k, v, causal)
     if groups > 1:  # explicit copies: SDPA's own enable_gqa is slower on a CPU
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def _in_blocks(q, k, v, causal):
+    """The formula itself, for bfloat16 without a gradient, some queries at a time: each block meets only the keys that
+    its last query sees, and its scores fit into the cache. 679 rows take 7.4 ms where SDPA takes 12.5, 1230 rows 21 and
+    32 (9 heads, 3 of keys, one thread, EPYC Zen 4)."""
+    shape, dim = q.shape, q.shape[3]
+    q, k, v = q.reshape(-1, shape[1] // k.shape[1], *shape[2:]), k.flatten(0, 1), v.flatten(0, 1)  # (B * H/G, G, L, K)
+    out = torch.empty_like(q)
+    for first in range(0, shape[2], BLOCK):
+        block = slice(first, min(first + BLOCK, shape[2]))
+        count, seen = block.stop - first, block.stop if causal else shape[2]
+        scores = torch.bmm(q[:, :, block].flatten(1, 2), k[:, :seen].transpose(1, 2)).float().mul_(dim**-0.5)
+        scores = scores.view(-1, count, seen)
+        if causal:
+            scores[:, :, first:] += scores.new_full((count, count), float("-inf")).triu_(1)
+        weights = scores.softmax(-1).to(q.dtype).view(len(q), -1, seen)
+        out[:, :, block] = torch.bmm(weights, v[:, :seen]).view(len(q), -1, count, dim)
+    return out.view(shape)
 
 
 class _Products(torch.autograd.Function):

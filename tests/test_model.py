@@ -167,6 +167,18 @@ def test_attention_gradients(lengths, dtype):
         assert (mine - x.grad).abs().max() < (1e-5 if dtype == torch.float32 else 6e-2)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
+def test_attention_in_blocks_where_no_gradient_is_wanted(length, causal):
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(2 * length, heads, 16, generator=generator).bfloat16() for heads in (6, 2, 2))
+    with torch.no_grad():
+        out = attention(q, k, v, Packing.equal(2, length, "cpu"), causal)
+    for rows in (slice(0, length), slice(length, None)):
+        expected = dense(*(x[rows].double() for x in (q, k, v)), causal)
+        assert (out[rows] - expected).abs().max() < 2e-2
+
+
 def test_attention_without_a_mask_wants_equal_lengths():
     x = torch.zeros(5, 1, 4)
     with pytest.raises(ValueError, match="equal length"):
