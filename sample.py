@@ -452,9 +452,8 @@ def read_flags(argv):
     for flag, names in BELONG.items():
         if alone := [name for name in names if name in given and flag not in given]:
             raise ValueError(f"--{alone[0]} goes with --{flag}")
-    for name in ("prompt", "image", "attention", "json") if args.data_path else ():
-        if name in given:
-            raise ValueError(f"--{name} goes without --data_path, a file of questions")
+    if args.data_path and (others := given & {"prompt", "image", "attention", "json"}):
+        raise ValueError(f"--{min(others)} goes without --data_path, a file of questions")
     for name in "max_pixels", "batch_size":
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} is too small; it is 1 or more")
@@ -467,13 +466,11 @@ def read_flags(argv):
     if args.attention and not (Path(args.attention).parent.is_dir() and
                                Path(args.attention).suffix.lower() in Image.registered_extensions()):
         raise ValueError(f"--attention {args.attention}: expected a name like OUT.png in an existing folder")
-    worn = [folder.strip() for folder in args.adapter.split(",")] if args.adapter else []
-    if "" in worn:
-        raise ValueError(f"--adapter {args.adapter!r}: beside a comma a folder is missing")
-    args.adapter = worn
+    args.adapter = [folder.strip() for folder in args.adapter.split(",")] if args.adapter else []
+    if "" in args.adapter:
+        raise ValueError(f"--adapter {','.join(args.adapter)!r}: beside a comma a folder is missing")
     args.image = [name for names in args.image for name in (names.split(args.sep) if args.sep else [names])]
-    if args.device_map in ("cpu", "cuda"):  # which is a device, too
-        args.device = args.device_map
+    args.device = args.device_map if args.device_map in ("cpu", "cuda") else args.device  # which these are, too
     limit_pixels(args.max_pixels)
     return args
 
