@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import weights
 from formats import command
 
 TEXTS = [
@@ -156,3 +157,18 @@ def copy_tokenizer(source, folder):
     """Copy the tokenizer's files into a model's folder."""
     for file in source.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_llama, tiny_clip):
+    """A random LLaVA with its own tokenizer and tower; its answers are nonsense of many kinds of tokens."""
+    return weights.load(tiny_llama("gqa"), vision_tower=tiny_clip, mm_projector_type="mlp2x_gelu", projector_seed=0,
+                        image_aspect_ratio="pad", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(loaded, tmp_path_factory):
+    """The same as a folder for the command line."""
+    out = tmp_path_factory.mktemp("llava")
+    weights.save(loaded, out)
+    return out

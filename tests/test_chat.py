@@ -20,7 +20,7 @@ from model import Llava
 from sample import Request, generate
 from sampling import web
 from sampling.chat import Chat
-from weights import load, save
+from weights import load
 
 SPEED = re.compile(r"^\[(\d+) tokens, first after [\d.]+ s, then [\d.]+ tokens/s, [\d.]+ GB/s of weights\]$", re.M)
 SCENE, ONE = (str(Path(__file__).resolve().parent.parent / "examples" / name) for name in ("scene.png", "one.png"))
@@ -33,20 +33,6 @@ def scenes(tmp_path_factory):
     (folder / "c.png").rename(folder / "a b" / "it's c.png")
     (folder / "broken.png").write_bytes(b"no picture")
     return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_llama, tiny_clip):
-    """A random LLaVA; its answers are nonsense of many kinds of tokens."""
-    return load(tiny_llama("gqa"), vision_tower=tiny_clip, mm_projector_type="mlp2x_gelu", projector_seed=0,
-                image_aspect_ratio="pad", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def folder(loaded, tmp_path_factory):
-    out = tmp_path_factory.mktemp("llava")
-    save(loaded, out)
-    return out
 
 
 class Heard:

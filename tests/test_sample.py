@@ -14,27 +14,12 @@ import sample
 from kernels.attention import Packing
 from model import IMAGE_TOKEN_INDEX, Llava
 from sample import Request, generate
-from weights import load, pick_device, save
+from weights import load, pick_device
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     return draw(tmp_path_factory.mktemp("scenes"))
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_llama, tiny_clip):
-    """A random LLaVA with its own tokenizer and tower; its answers are nonsense of many kinds of tokens."""
-    return load(tiny_llama("gqa"), vision_tower=tiny_clip, mm_projector_type="mlp2x_gelu", projector_seed=0,
-                image_aspect_ratio="pad", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def folder(loaded, tmp_path_factory):
-    """The same as a folder for the command line."""
-    out = tmp_path_factory.mktemp("llava")
-    save(loaded, out)
-    return out
 
 
 def ask(text, *images, **options):
