@@ -110,11 +110,6 @@ class Answer:
     logprobs: list = None
     error: str = None
 
-    @property
-    def tokens_per_second(self):
-        """Of this answer alone, the prompt's time included."""
-        return len(self.token_ids) / max(self.seconds, 1e-9)
-
 
 # ---------------------------------------------------------------------------------------------------------- generation
 
@@ -184,6 +179,8 @@ class Engine:
         self.decoder = past and past.decoder or graph.Decoder(
             loaded.model, Cache(loaded.config.text, weight.dtype, devices, cells), not loaded.eager)
         self.cache = self.decoder.cache
+        learns = any(p.requires_grad for p in loaded.model.parameters())
+        self.mode = torch.no_grad if learns else torch.inference_mode  # in which SmolLM2 takes 5 % less time for a token
         quant.arrange(loaded.model)  # the order of its codes
         self.waiting, self.running = deque(), []  # (request, tag), Growing
 
@@ -191,14 +188,14 @@ class Engine:
         """Put a request into the queue; its answer comes back with the tag."""
         self.waiting.append((request, tag))
 
-    @torch.no_grad()
     def step(self):
         """Let waiting requests join, or every answer grow by a token or more. -> [(tag, Answer)] of those that end"""
-        joined, ended = self._join()
-        if joined:
-            self._read(joined)
-        elif self.running:
-            self._grow()
+        with self.mode():
+            joined, ended = self._join()
+            if joined:
+                self._read(joined)
+            elif self.running:
+                self._grow()
         for answer in [answer for answer in self.running if answer.ended]:
             self.running.remove(answer)
             ended.append((answer.tag, answer.finish()))
@@ -564,6 +561,7 @@ def open_model(args):
     loaded.eager = args.eager
     for folder in reversed(others):  # each is tried on, the first stays
         adapters.switch(loaded, folder, args.force)
+    loaded.model.requires_grad_(False)
     if args.verbose:
         print(choice.describe(loaded.model.language_model.model.embed_tokens.weight.device), file=sys.stderr)
     if not (args.eager or loaded.lora or spread):
@@ -584,7 +582,8 @@ def answer_one(loaded, request, args):
     answer = generate(loaded, [request])[0] if args.json else stream(loaded, request)
     if args.json:
         said = {key: value for key, value in vars(answer).items() if value is not None}
-        print(json.dumps(said | {"tokens_per_second": answer.tokens_per_second, "conv_mode": loaded.conv_mode}))
+        rate = len(answer.token_ids) / max(answer.seconds, 1e-9)  # the prompt's time included
+        print(json.dumps(said | {"tokens_per_second": rate, "conv_mode": loaded.conv_mode}))
     if args.attention:
         looking.show(loaded, encode(loaded, request), request.images, answer, args)
     return 0

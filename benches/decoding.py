@@ -163,6 +163,7 @@ def sides(bits, smoke):
     ours = weights.load(path, dtype="bfloat16", device="cpu", bits=bits, quant_type="int4",
                         quant_also="lm_head" if bits == 4 else "")
     ours.silent_ids += [*templates.stop(ours.conv_mode, ours.tokenizer)[0], *ours.config.text.eos_token_ids]
+    ours.model.requires_grad_(False)
     linear.pack(ours.model)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
     theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0

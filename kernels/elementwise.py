@@ -29,10 +29,12 @@ def rms_norm(x, weight, eps):
     2019). x (T, D), weight (D,) -> (T, D)."""
     _check("rms_norm expects x (T, D) and weight (D,)", (x, weight), x.dim() == 2 and weight.shape == x.shape[1:])
     if not use_triton("elementwise", x, _obstacle(x)):
-        if x.numel() > 4 * CHUNK or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or x.numel() > 16 * CHUNK:
             return _RmsNorm.apply(x, weight, eps)
-        wide = x.float()  # the same, without what a gradient needs: one row takes 17 us instead of 80
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+        if len(x) == 1 and x.device.type == "cpu":  # a token of an answer, where each operation counts: 8 us
+            length = torch.linalg.vector_norm(x, dtype=torch.float32).item()
+            return x * (length**2 / x.shape[1] + eps) ** -0.5 * weight
+        return F.rms_norm(x, weight.shape, eps=eps) * weight  # 14 us; with what a gradient needs, 57
     if INTERPRETED and x.dtype == torch.bfloat16:  # with which the interpreter computes nonsense
         return _TritonRmsNorm.apply(x.float(), weight.float(), eps).to(torch.promote_types(x.dtype, weight.dtype))
     return _TritonRmsNorm.apply(x, weight, eps)
@@ -129,8 +131,9 @@ def rotate_into(q, k, v, cos, sin, keys, values, cells):
     cells (T,) int64: of each row, which row of them it becomes. -> q, turned; without a gradient."""
     apart = keys.dtype != k.dtype or INTERPRETED and q.dtype == torch.bfloat16
     if apart or not use_triton("elementwise", q, _obstacle(q, k, v, keys, values, cos, sin)):
-        q, keys[cells] = rotate(q, k, cos, sin)
-        values[cells] = v
+        q, k = rotate(q, k, cos, sin)
+        keys.index_copy_(0, cells, k)
+        values.index_copy_(0, cells, v)
         return q
     return _turned(q, k, cos.contiguous(), sin.contiguous(), False, v, keys, values, cells)[0]
 

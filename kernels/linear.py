@@ -37,13 +37,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import nf4
-from kernels.nf4 import BLOCK, decode_groups, halves
+from kernels.nf4 import BLOCK, halves
 
 GPU = ("cuda",)
 CODED = "codes", "absmax", "nested"
 JOINED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # linears of one input
 PAGE, COLLAPSE = 2**21, 25  # bytes; MADV_COLLAPSE of Linux's madvise
-FEW = {"int8": 32, "int4": 160}  # rows up to which multiplying codes is faster than decoding them all at once
+FEW = {"int8": 8, "int4": 96}  # rows up to which multiplying codes is faster than decoding them, some at a time
+PIECE, BLOCKS = 2**21, 4  # int8's codes, and int4's blocks of 64 rows, that are decoded together, to stay in the cache:
+#                           115 rows of 22016 x 4096 take 114 and 174 ms so; all at once, 191 and 435
 
 
 def together(x, *linears):
@@ -139,66 +141,76 @@ class PackedLinear(nn.Module):
 # parts(i): the parameters of the i-th, as it came.
 
 
-class OneDnn(nn.Module):
-    """A bfloat16 matrix in oneDNN's blocks, which only oneDNN knows."""
+class Product(nn.Module):
+    """What they share: widths, the out of each linear; multiply(x): all of them side by side."""
 
     def __init__(self, linears):
         super().__init__()
         self.widths = [linear.out_features for linear in linears]
+
+    def forward(self, x):
+        y = self.multiply(x)
+        return y.split_with_sizes(self.widths, -1) if len(self.widths) > 1 else (y,)
+
+
+class OneDnn(Product):
+    """A bfloat16 matrix in oneDNN's blocks, which only oneDNN knows."""
+
+    def __init__(self, linears):
+        super().__init__(linears)
         matrix = _cat([linear.weight.detach() for linear in linears])
         self.matrix = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(matrix), requires_grad=False)
 
-    def forward(self, x):
-        y = torch.ops.mkldnn._linear_pointwise(x, self.matrix, None, "none", [], "")
-        return y.split_with_sizes(self.widths, -1)
+    def multiply(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.matrix, None, "none", [], "")
 
     def parts(self, i):
         return {"weight": self.matrix.to_dense().split(self.widths)[i].clone()}
 
 
-class Int8(nn.Module):
+class Int8(Product):
     """codes (out, in) int8, absmax (out,) float32; y = (x codes^T) absmax / 127, the scale in x's dtype."""
 
     def __init__(self, linears):
-        super().__init__()
-        self.widths, width = [linear.out_features for linear in linears], linears[0].in_features
+        super().__init__(linears)
+        width = linears[0].in_features
         self.codes, self.absmax = (nn.Parameter(_cat(parts), requires_grad=False) for parts in (
             [linear.codes.detach().view(torch.int8).view(-1, width) for linear in linears],
             [linear.absmax.detach().view(torch.float32) for linear in linears]))
         self.scales = (self.absmax / 127).bfloat16()
 
-    def forward(self, x):
+    def multiply(self, x):
         if len(x) <= FEW["int8"]:
-            y = torch._weight_int8pack_mm(x.contiguous(), self.codes, self.scales)
-        else:
-            y = F.linear(x, self.codes.to(x.dtype)).mul_(self.scales)  # a code is exact in 8 bits of mantissa
-        return y.split_with_sizes(self.widths, -1)
+            return torch._weight_int8pack_mm(x.contiguous(), self.codes, self.scales)
+        parts = self.codes.split(max(1, PIECE // x.shape[1]))
+        return torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], -1).mul_(self.scales)  # codes are exact
 
     def parts(self, i):
         split = {"codes": self.codes, "absmax": self.absmax}
         return {key: p.split(self.widths)[i].clone().view(-1).view(torch.uint8) for key, p in split.items()}
 
 
-class Int4(nn.Module):
+class Int4(Product):
     """codes (out / 64, in, 32) uint8, scales (in / 64, out, 2) bfloat16: kernels/nf4.py's int4 in the order in which
     the processor reads it: 64 rows side by side, the k-th and the 32 + k-th of them in one byte."""
 
     def __init__(self, linears):
-        super().__init__()
-        self.widths, width = [linear.out_features for linear in linears], linears[0].in_features
+        super().__init__(linears)
+        width = linears[0].in_features
         codes = _cat([halves(linear.codes.detach()).view(-1, width) for linear in linears])
         scales = torch.cat([linear.absmax.detach().view(torch.bfloat16).view(-1, width // BLOCK, 2)
                             for linear in linears])
         self.codes = nn.Parameter(torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1), requires_grad=False)
         self.scales = nn.Parameter(scales.transpose(0, 1).contiguous(), requires_grad=False)
 
-    def forward(self, x):
+    def multiply(self, x):
         if len(x) <= FEW["int4"]:
-            y = torch._weight_int4pack_mm_for_cpu(x.contiguous(), self.codes, BLOCK, self.scales)
-        else:
-            codes, out = _int4_codes(self.codes), x.new_empty(sum(self.widths), x.shape[1])
-            y = F.linear(x, decode_groups(codes, self.scales.transpose(0, 1).reshape(-1, 2), out))
-        return y.split_with_sizes(self.widths, -1)
+            return torch._weight_int4pack_mm_for_cpu(x.contiguous(), self.codes, BLOCK, self.scales)
+        groups = len(self.scales)
+        codes = self.codes.view(-1, groups, BLOCK, 32)  # (out / 64, in / 64, 64, 32)
+        scales = self.scales.view(groups, -1, 1, BLOCK, 2).permute(4, 1, 0, 2, 3).contiguous()
+        parts = zip(*(y.split(BLOCKS) for y in (codes, *scales)))
+        return torch.cat([torch.mm(x, _int4_columns(*part)) for part in parts], -1)
 
     def parts(self, i):
         codes = _int4_codes(self.codes).split(self.widths)[i].reshape(-1, 2)
@@ -206,28 +218,27 @@ class Int4(nn.Module):
         return {"codes": codes[:, 0] << 4 | codes[:, 1], "absmax": scales.reshape(-1).view(torch.uint8)}
 
 
-class Joined(nn.Module):
+class Joined(Product):
     """Plain matrices below each other."""
 
     def __init__(self, linears):
-        super().__init__()
-        self.widths = [linear.out_features for linear in linears]
+        super().__init__(linears)
         self.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
 
-    def forward(self, x):
-        return F.linear(x, self.weight).split_with_sizes(self.widths, -1)
+    def multiply(self, x):
+        return F.linear(x, self.weight)
 
     def parts(self, i):
         return {"weight": self.weight.split(self.widths)[i].clone()}
 
 
-class JoinedCodes(nn.Module):
+class JoinedCodes(Product):
     """The same of nf4 or fp4, in planes where these are wanted; decoded while they are multiplied, or for many rows
     before."""
 
     def __init__(self, linears):
-        super().__init__()
-        self.widths, self.kind = [linear.out_features for linear in linears], linears[0].kind
+        super().__init__(linears)
+        self.kind = linears[0].kind
         self.shape = sum(self.widths), linears[0].in_features
         codes, absmax, nested = nf4.join([tuple(
             part if part is None else part.detach() for part in (linear.codes, linear.absmax, linear.nested))
@@ -236,12 +247,10 @@ class JoinedCodes(nn.Module):
         for name, part in zip(CODED, (codes, absmax, nested)):
             self.register_parameter(name, None if part is None else nn.Parameter(part, requires_grad=False))
 
-    def forward(self, x):
+    def multiply(self, x):
         parts = self.codes, self.absmax, self.nested
         y = nf4.few_rows(x, self.kind, *parts, self.shape)
-        if y is None:
-            y = F.linear(x, nf4.decode(self.kind, *parts, x.new_empty(self.shape)))
-        return y.split_with_sizes(self.widths, -1)
+        return F.linear(x, nf4.decode(self.kind, *parts, x.new_empty(self.shape))) if y is None else y
 
     def parts(self, i):
         parts = zip(CODED, nf4.part_of((self.codes, self.absmax, self.nested), self.widths, i))
@@ -261,6 +270,14 @@ def _int4_codes(packed):
     rows, width = len(packed), packed.numel() * 2 // len(packed)
     packed = packed.view(-1, width, 32)
     return torch.cat([packed & 15, packed >> 4], -1).transpose(1, 2).reshape(rows, width)  # (out / 64, 64, in)
+
+
+def _int4_columns(codes, scale, zero):
+    """Some blocks of 64 rows -> their numbers, (in, rows). codes (blocks, in / 64, 64, 32), scale and zero (blocks, in /
+    64, 1, 64)"""
+    codes = torch.cat([codes & 15, codes >> 4], -1).view(torch.int8).sub_(8).to(scale.dtype)
+    numbers = torch.addcmul(zero, codes, scale).flatten(1, 2)  # (blocks, in, 64)
+    return numbers.transpose(0, 1).flatten(1)
 
 
 def _kind(linears):

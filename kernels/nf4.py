@@ -125,6 +125,7 @@ def _pairs(kind, device):
 
 
 @cache
+@torch.inference_mode(False)  # or what answers made could not be written to when training comes
 def _scratch(device):
     """What is used of a chunk while it is decoded: its bytes as numbers, and the levels that they mean."""
     return tuple(torch.empty(CHUNK * BLOCK // 2, dtype=dtype, device=device) for dtype in (torch.int32, torch.float64))

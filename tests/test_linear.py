@@ -77,8 +77,11 @@ def test_packed_scores_are_the_same_and_all_comes_back(kind, tied):
 
 @pytest.mark.parametrize("rows", [1, 7, 33, 161])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_product_is_that_of_the_decoded_matrices(kind, rows):
-    """Joined ones of different widths, on both sides of the number of rows from which all is decoded; in float64."""
+def test_a_product_is_that_of_the_decoded_matrices(kind, rows, monkeypatch):
+    """Joined ones of different widths, on both sides of the number of rows from which they are decoded, in pieces; in
+    float64."""
+    monkeypatch.setattr(linear, "PIECE", 128 * 100)
+    monkeypatch.setattr(linear, "BLOCKS", 3)
     layer = small(kind).language_model.model.layers[0].self_attn
     names, x = ("q_proj", "k_proj", "v_proj"), torch.randn(rows, 128).bfloat16()
     dense = [getattr(layer, name).weight.detach().double().clone() for name in names]

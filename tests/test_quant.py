@@ -717,3 +717,13 @@ def test_the_curve_on_smollm2(smollm, tmp_path):
     print("held out before and after, last 20 batches:", figures)
     before, *after = (figures[4] / figures[16]).tolist()
     assert before > 1.03 and max(after) < 1.02 and figures[16][1] < 0.2 * figures[16][0], figures
+
+
+def test_after_an_answer_one_can_train():
+    """What the first decoding keeps for all others is made while answers are, in inference mode."""
+    weight = torch.randn(64, 64)
+    for cached in (nf4.levels, nf4.dynamic_levels, nf4._pairs, nf4._scratch):
+        cached.cache_clear()
+    with torch.inference_mode():
+        first = nf4.decode("nf4", *nf4.encode(weight, "nf4"), torch.empty_like(weight))
+    assert nf4.decode("nf4", *nf4.encode(weight, "nf4"), torch.empty_like(weight)).equal(first)
