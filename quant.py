@@ -103,7 +103,8 @@ class QuantisedLinear(nn.Module):
         key, size = (self.codes.device, dtype), self.out_features * self.in_features
         if key not in WORKSPACE or len(WORKSPACE[key]) < size:
             WORKSPACE.pop(key, None)  # before a larger one is made
-            WORKSPACE[key] = torch.empty(size, dtype=dtype, device=self.codes.device)
+            with torch.inference_mode(False):  # training may need it after an answer
+                WORKSPACE[key] = torch.empty(size, dtype=dtype, device=self.codes.device)
         return nf4.decode(self.kind, self.codes, self.absmax, self.nested, WORKSPACE[key][:size].view(self.shape))
 
     def forward(self, x):
