@@ -202,7 +202,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
 
     def forward(self, x, rotary, packing, cache=None):
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in together(x, self.q_proj, self.k_proj, self.v_proj))
+        shape = len(x), -1, self.head_dim
+        q, k, v = (y.view(shape) for y in together(x, self.q_proj, self.k_proj, self.v_proj))
         if cache is not None and not cache.fresh:
             return self.o_proj(cache.attend(self.layer, q, k, v, rotary).flatten(1))
         q, k = rotate(q, k, *rotary)  # (T, H, K), (T, H/G, K)
@@ -313,8 +314,7 @@ class Cache:
         return twin
 
     def _gap(self, cells):
-        """Where the first gap of so many cells begins. If there is none, the stretches move together, or the pool
-        grows."""
+        """Where the first gap of so many cells begins. If there is none, stretches move together, or the pool grows."""
         begin, size, stretches = 0, len(self.keys[0]), sorted(self.stretches, key=lambda stretch: stretch.start)
         for other in stretches:
             if other.start - begin >= cells:

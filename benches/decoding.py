@@ -68,12 +68,12 @@ def decode_bf16(smoke):
 
 
 def decode_int8(smoke):
-    """The same, our matrices in 8 bits, theirs in bfloat16."""
+    """The same, our matrices in 8 bits, the head's too, theirs in bfloat16."""
     return decode(8, smoke)
 
 
 def decode_int4(smoke):
-    """The same, our matrices in 4 bits, the head's too, theirs in bfloat16."""
+    """The same in 4 bits."""
     return decode(4, smoke)
 
 
@@ -161,7 +161,7 @@ def sides(bits, smoke):
     torch.set_num_threads(1)
     path = Path(folder(smoke).name, "model")
     ours = weights.load(path, dtype="bfloat16", device="cpu", bits=bits, quant_type="int4",
-                        quant_also="lm_head" if bits == 4 else "")
+                        quant_also="" if bits == 16 else "lm_head")
     ours.silent_ids += [*templates.stop(ours.conv_mode, ours.tokenizer)[0], *ours.config.text.eos_token_ids]
     ours.model.requires_grad_(False)
     linear.pack(ours.model)
