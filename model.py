@@ -202,8 +202,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
 
     def forward(self, x, rotary, packing, cache=None):
-        shape = len(x), -1, self.head_dim
-        q, k, v = (y.view(shape) for y in together(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in together(x, self.q_proj, self.k_proj, self.v_proj))
         if cache is not None and not cache.fresh:
             return self.o_proj(cache.attend(self.layer, q, k, v, rotary).flatten(1))
         q, k = rotate(q, k, *rotary)  # (T, H, K), (T, H/G, K)

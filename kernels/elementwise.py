@@ -31,8 +31,8 @@ def rms_norm(x, weight, eps):
     if not use_triton("elementwise", x, _obstacle(x)):
         if torch.is_grad_enabled() or x.numel() > 16 * CHUNK:
             return _RmsNorm.apply(x, weight, eps)
-        if len(x) == 1 and x.device.type == "cpu":  # a token of an answer, where each operation counts: 8 us
-            length = torch.linalg.vector_norm(x, dtype=torch.float32).item()
+        if len(x) == 1 and x.device.type == "cpu" and eps:  # a token of an answer, where each operation counts: 8 us
+            length = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item()
             return x * (length**2 / x.shape[1] + eps) ** -0.5 * weight
         return F.rms_norm(x, weight.shape, eps=eps) * weight  # 14 us; with what a gradient needs, 57
     if INTERPRETED and x.dtype == torch.bfloat16:  # with which the interpreter computes nonsense

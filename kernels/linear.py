@@ -13,9 +13,10 @@ time is reading the matrices, and all that delays it. `pack` changes how they li
 One row, one thread, EPYC Zen 4, in microseconds, and the same for 16 rows:
 
     matrix         F.linear    packed      int8        int4            F.linear    packed      int8        int4
-    960 x 576      184         92          73          31              237         146         298         213
-    3072 x 576     506         288         266         99              710         430         979         670
-    49152 x 576    6921        4018        4044        1496            10686       6469        24145       10808
+    960 x 576      214         110         94          38              240         144         250         225
+    3072 x 576     588         271         286         111             786         487         677         736
+    49152 x 576    6986        4144        3917        1763            11194       6174        11066       12306
+    4096 x 4096    3332        2158        1458        918             5061        3081        6100        6478
 
 On a GPU matrices, and codes of nf4 and fp4, are joined and nothing else: a step of decoding there is a matter of how
 many kernels are launched, too (PyTorch's product and kernels/nf4.py's run on them as they are).

@@ -235,6 +235,18 @@ def test_what_is_shorter_without_a_gradient_says_the_same(dtype, rows):
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@torch.no_grad()
+def test_the_norm_of_odd_rows(dtype, rows):
+    """None, zeros without and with an eps, infinity."""
+    x, weight = torch.zeros(rows, 8, dtype=dtype), torch.ones(8, dtype=dtype)
+    assert elementwise.rms_norm(x, weight, 0.0).isnan().all() and elementwise.rms_norm(x, weight, 1e-6).eq(0).all()
+    x[:, 3] = float("inf")
+    y = elementwise.rms_norm(x, weight, 1e-6)
+    assert y.shape == x.shape and y.dtype == dtype and y[:, 3].isnan().all() and y[:, :3].eq(0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_a_change_in_one_sequence_changes_no_other(dtype):

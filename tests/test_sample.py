@@ -249,6 +249,22 @@ def test_a_conversation_notices_what_changed(loaded, scenes):
     assert 0 < past.reused < len(past.read_ids)
 
 
+def test_a_conversation_goes_on_when_the_model_begins_to_learn(loaded, scenes):
+    """What was read of a frozen model, in inference mode, cannot be written to in any other."""
+    learning = [p for p in loaded.model.parameters() if p.requires_grad]
+    try:
+        for first in (False, True):
+            past = sample.Past()
+            for text, learns in (("Hello", first), ("Hello you", not first)):
+                loaded.model.requires_grad_(learns)
+                request = ask(text, scenes / "a.png")
+                assert generate(loaded, [request], past=past)[0].token_ids == generate(loaded, [request])[0].token_ids
+    finally:
+        loaded.model.requires_grad_(False)
+        for p in learning:
+            p.requires_grad_(True)
+
+
 def test_a_conversation_that_was_interrupted_goes_on(loaded, scenes):
     """Ctrl-C anywhere: in the reading of the prompt, or after some tokens."""
     past, pieces, request = sample.Past(), [], ask("Describe.", scenes / "a.png", max_new_tokens=20)
