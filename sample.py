@@ -595,6 +595,7 @@ def converse(loaded, request, args):
 
     def wear(folder):
         adapters.switch(loaded, folder, args.force)
+        loaded.model.requires_grad_(False)
         loaded.conv_mode = args.conv_mode or loaded.conv_mode
 
     if request.images:

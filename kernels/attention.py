@@ -188,7 +188,7 @@ def attend_to_cache(q, keys, values, starts, lengths, longest=None):
 
 
 def attend_to_cache_reference(q, keys, values, starts, lengths):
-    """The same through torch's own dense attention, each sequence alone: nothing is padded, and company changes no
+    """The same through torch's own dense attention, each sequence alone: none is padded, and company changes no
     bit. For a bfloat16 step of many sequences on a CPU, see `_attend_in_a_grid`."""
     (rows, heads, dim), kv_heads, parts = q.shape, keys.shape[1], []
     begins, seen, first = starts.tolist(), lengths.tolist(), 0
@@ -202,7 +202,7 @@ def attend_to_cache_reference(q, keys, values, starts, lengths):
         if count == 1:
             mine = q[first].view(1, kv_heads, -1, dim)
             if heads == kv_heads and q.dtype == torch.bfloat16:  # with a second row, 32 heads of 700 cells take 2.3 ms
-                mine = F.pad(mine, (0, 0, 0, 1))  # instead of 14: a single one is multiplied without vectors
+                mine = F.pad(mine, (0, 0, 0, 1))  # instead of 14: one by itself is multiplied without vectors
             mixed = F.scaled_dot_product_attention(mine, k, v)[:, :, :heads // kv_heads]
             parts.append(mixed.reshape(1, heads, dim))
         else:

@@ -167,8 +167,10 @@ class Chat:
         found = [path for path in self.worn if name and f"/{path.rstrip('/')}".endswith(f"/{name}")]
         if not found:
             raise ValueError(f"/adapter and one of {', '.join(self.worn)}")
-        self.wear(found[0])
-        self.begin()
+        try:
+            self.wear(found[0])
+        finally:  # stopped half-way, too: what was read belongs to another model
+            self.begin()
         print(f"[{found[0]} answers from here on]")
 
     def do_help(self, _):

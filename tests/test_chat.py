@@ -357,3 +357,15 @@ def test_interrupts_at_the_prompt(folder, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", answer)
     assert sample.main(["--model_name_or_path", str(folder), "--device", "cpu"]) == 0
     assert capsys.readouterr().out.count("once more ends the chat") == 2 and next(lines) == "never read"
+
+
+def test_an_adapter_that_is_stopped_half_way_begins_the_chat_anew():
+    """What was read belongs to the model of before."""
+    def stop(_):
+        raise KeyboardInterrupt
+
+    chat = Chat(None, object, Request([("human", "")]), None, worn=["one", "two"], wear=stop)
+    chat.messages, before = [("human", "Hello")], chat.past
+    with pytest.raises(KeyboardInterrupt):
+        chat.do_adapter("two")
+    assert not chat.messages and chat.past is not before

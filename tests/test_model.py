@@ -221,7 +221,7 @@ def test_many_sequences_that_decode_in_bfloat16_share_two_products(heads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [5, 1])
 def test_what_is_shorter_without_a_gradient_says_the_same(dtype, rows):
-    """Bit for bit: norm, SwiGLU and rotation; but the length of one row is taken in float64."""
+    """Bit for bit: norm, SwiGLU and rotation; but one row is divided by its length as a number of Python."""
     x, weight, cos = (torch.randn(shape).to(dtype) for shape in ((rows, 24), (24,), (rows, 1, 8)))
     q, k = torch.randn(rows, 4, 8).to(dtype), torch.randn(rows, 2, 8).to(dtype)
     found = []
