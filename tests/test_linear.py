@@ -73,6 +73,7 @@ def test_packed_scores_are_the_same_and_all_comes_back(kind, tied):
     language = model.language_model
     assert (language.lm_head.weight is language.model.embed_tokens.weight) == tied
     assert scores(model).equal(eager)
+    assert not any(name in vars(m) for m in model.modules() for name in (*m._parameters, *m._modules))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 33, 161])
