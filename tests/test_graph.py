@@ -70,6 +70,19 @@ def test_without_a_gpu_nothing_is_recorded(loaded, requests, monkeypatch):
     assert texts(generate(loaded, requests)) == plain
 
 
+def test_inference_mode_is_for_plain_weights_that_learn_nothing():
+    """FSDP's are no plain tensors, and it keeps what it gathers of them, for training as well."""
+    class Sharded(torch.Tensor):
+        pass
+
+    model, _ = tiny()
+    cache, head = Cache(model.config.text, torch.float32, "cpu"), model.language_model.lm_head
+    assert graph.Decoder(model.requires_grad_(True), cache).mode is torch.no_grad
+    assert graph.Decoder(model.requires_grad_(False), cache).mode is torch.inference_mode
+    head.weight = torch.nn.Parameter(head.weight.data.as_subclass(Sharded), requires_grad=False)
+    assert graph.Decoder(model, cache).mode is torch.no_grad
+
+
 def test_eager_on_the_command_line_records_nothing(recorded, capsys, monkeypatch):
     monkeypatch.setattr(graph, "TRIES", 0)
     words = ["--prompt", "what color is the circle ?", "--max_new_tokens", "9", "--device", "cpu"]
