@@ -272,17 +272,21 @@ def _cat(parts):
 PRODUCTS = {"bf16": OneDnn, "int8": Int8, "int4": Int4, "joined": Joined, "nf4": JoinedCodes, "fp4": JoinedCodes}
 
 
+def _side_by_side(codes):
+    """Blocks of 64 rows as torch packs them, (…, 32) -> (…, 64), a code a byte."""
+    return torch.cat([codes & 15, codes >> 4], -1)
+
+
 def _int4_codes(packed):
     """Codes as torch packs them -> (out, in) uint8."""
     rows, width = len(packed), packed.numel() * 2 // len(packed)
-    packed = packed.view(-1, width, 32)
-    return torch.cat([packed & 15, packed >> 4], -1).transpose(1, 2).reshape(rows, width)  # (out / 64, 64, in)
+    return _side_by_side(packed.view(-1, width, 32)).transpose(1, 2).reshape(rows, width)  # (out / 64, 64, in)
 
 
 def _int4_columns(codes, scale, zero):
     """Some blocks of 64 rows -> their numbers, (in, rows). codes (blocks, in / 64, 64, 32), scale and zero (blocks, in /
     64, 1, 64)"""
-    codes = torch.cat([codes & 15, codes >> 4], -1).view(torch.int8).sub_(8).to(scale.dtype)
+    codes = _side_by_side(codes).view(torch.int8).sub_(8).to(scale.dtype)
     numbers = torch.addcmul(zero, codes, scale).flatten(1, 2)  # (blocks, in, 64)
     return numbers.transpose(0, 1).flatten(1)
 
